@@ -1,0 +1,895 @@
+"""LocalDiT: a PixArt-like text-to-image diffusion transformer whose self-attention stays within windows.
+
+Built on PixArt-alpha (Chen et al. 2023, arXiv 2310.00426) for conditioning, Swin (Liu et al. 2021, arXiv
+2103.14030) for shifted windows, and RoFormer (Su et al. 2021, arXiv 2104.09864) for rotary positions, here in
+two dimensions. `docs/models/local_dit.md` maps the published description to this file and
+lists what in it surprises.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from inspect import signature
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    PatchEmbed,
+    PixArtAlphaTextProjection,
+    get_1d_sincos_pos_embed_from_grid,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormSingle
+from diffusers.utils import apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from localdit.models.single_file import SingleFileMixin
+
+# B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   T text tokens
+# D width   A heads   d = D/A head width   G windows   S tokens per window   M = G*S window slots
+
+# The latents of the published model are an eighth of the picture's side. Used for the size conditions alone.
+PIXELS_PER_LATENT = 8
+
+_POSITIVE_SIZES = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "num_layers",
+    "caption_channels",
+    "sample_size",
+    "patch_size",
+    "window_size",
+)
+
+KeysValues: TypeAlias = tuple[Tensor, Tensor]  # two of (B, T, A, d)
+
+
+# --- Geometry: all that depends on the token grid alone -----------------------------------------------------
+
+
+class Windows(NamedTuple):
+    """How one cyclic shift lays the token grid out in windows. The slots of a window follow each other.
+
+    Where the grid is no multiple of the window it is padded at the bottom and right; slots that hold only
+    padding are *absent*: never attended to, zero in the global context, dropped at the end.
+    """
+
+    slot_token: Tensor  # (M,) raster index of the token in each slot; 0 where absent
+    token_slot: Tensor  # (N,) slot of each token
+    present: Tensor | None  # (M, 1) bool; None when nothing is absent
+    attend: Tensor  # (G, 1, S, S) bool, True where query may see key
+    rotary: Tensor | None  # (M, d/2, 2)
+    grid: tuple[int, int]  # windows per column and per row
+
+
+class Geometry(NamedTuple):
+    """The tables of one token grid."""
+
+    position: Tensor  # (N, D) sine-cosine embedding
+    resolution: Tensor  # (1, 2) height and width in pixels
+    aspect_ratio: Tensor  # (1,) width / height
+    rotary: Tensor | None  # (N, d/2, 2), in raster order
+    windows: tuple[Windows, ...]  # one for each shift 0 .. window-1
+
+
+def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    """Cosines and sines of 2-D RoPE, (N, head_dim/2, 2), for `rotate`.
+
+    The first half of the pairs of channels turns with the column, the second with the row, at
+    θ_j = 10000^(-4j / head_dim).
+    """
+    theta = 10000 ** (-4 * torch.arange(head_dim // 4, device=device) / head_dim)  # (d/4,)
+    rows = torch.arange(height, device=device)[:, None, None] * theta  # (h, 1, d/4)
+    columns = torch.arange(width, device=device)[None, :, None] * theta  # (1, w, d/4)
+    shape = (height, width, -1)
+    angles = torch.cat((columns.expand(shape), rows.expand(shape)), dim=-1).flatten(0, 1)  # (N, d/2)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def position_table(
+    height: int, width: int, dim: int, base_size: int, interpolation_scale: float, device: torch.device
+) -> Tensor:
+    """Diffusers' 2-D sine-cosine embedding, (N, dim), stretched to `base_size`.
+
+    Columns are in the first half of the channels, rows in the second: each is computed on its axis alone.
+    """
+
+    def axis(length: int) -> Tensor:  # (length, dim/2)
+        grid = (
+            torch.arange(length, device=device, dtype=torch.float32)
+            / (length / base_size)
+            / interpolation_scale
+        )
+        return get_1d_sincos_pos_embed_from_grid(dim // 2, grid, output_type="pt")
+
+    shape = (height, width, -1)
+    table = torch.cat((axis(width)[None].expand(shape), axis(height)[:, None].expand(shape)), dim=-1)
+    return table.flatten(0, 1)
+
+
+def shift_windows(
+    height: int,
+    width: int,
+    window: int,
+    shift: int,
+    rotary: Tensor | None,
+    device: torch.device,
+) -> Windows:
+    """Pad, shift up and left by `shift`, cut into `window`² windows (Swin, section 3.2), as index arithmetic.
+
+    In a window that the shift wraps around the border, rows (columns) below `shift` come from the top (left)
+    of the image and the others from its bottom (right): these never see each other, which is Swin's region
+    mask.
+    """
+
+    def axis(length: int) -> tuple[int, Tensor, Tensor]:
+        padded = -(-length // window) * window
+        line = (
+            torch.arange(padded, device=device) + shift
+        ) % padded  # image line at each line of the shifted map
+        slot = (torch.arange(length, device=device) - shift) % padded  # and back
+        return padded // window, line.unflatten(0, (-1, window)), slot
+
+    down, rows, row_slot = axis(height)  # rows: (down, window)
+    across, columns, column_slot = axis(width)
+    row = rows[:, None, :, None].expand(down, across, window, window).reshape(-1, window**2)  # (G, S)
+    column = columns[None, :, None, :].expand(down, across, window, window).reshape(-1, window**2)
+
+    present = (row < height) & (column < width)
+    # Lines below `shift` stand in the window that wraps around alone, beside lines from the other border.
+    side = 2 * (row < shift) + (column < shift)
+    same_region = side[:, :, None] == side[:, None, :]  # (G, S, S)
+    # An absent query sees itself, since a softmax needs something to see; its output is dropped.
+    itself = torch.eye(window**2, dtype=torch.bool, device=device)
+    attend = (same_region & present[:, None, :]) | itself
+
+    slot_token = torch.where(present, row * width + column, 0).flatten()
+    in_row, in_column = (row_slot[:, None], column_slot[None, :])
+    token_slot = (in_row // window * across + in_column // window) * window**2
+    token_slot = token_slot + in_row % window * window + in_column % window
+    pads = height % window != 0 or width % window != 0
+    return Windows(
+        slot_token=slot_token,
+        token_slot=token_slot.flatten(),
+        present=present.view(-1, 1) if pads else None,
+        attend=attend[:, None],
+        rotary=None if rotary is None else rotary[slot_token],
+        grid=(down, across),
+    )
+
+
+def build_geometry(
+    height: int,
+    width: int,
+    window: int,
+    dim: int,
+    head_dim: int,
+    rope: bool,
+    base_size: int,
+    interpolation_scale: float,
+    patch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Geometry:
+    """Compute the tables of a grid of `height` x `width` tokens."""
+    rotary = rotary_table(height, width, head_dim, device) if rope else None
+    pixels = patch_size * PIXELS_PER_LATENT
+    return Geometry(
+        position=position_table(height, width, dim, base_size, interpolation_scale, device).to(dtype),
+        resolution=torch.tensor([[height * pixels, width * pixels]], dtype=torch.float32, device=device),
+        aspect_ratio=torch.tensor([width / height], dtype=torch.float32, device=device),
+        rotary=rotary,
+        windows=tuple(shift_windows(height, width, window, shift, rotary, device) for shift in range(window)),
+    )
+
+
+@lru_cache(maxsize=8)
+def cached_geometry(*key: Any) -> Geometry:
+    """`build_geometry`, once per grid, dtype and device, for all blocks, steps and models."""
+    # A table made under inference_mode could never be used in training.
+    with torch.inference_mode(False):
+        return build_geometry(*key)
+
+
+# --- Attention ----------------------------------------------------------------------------------------------
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """(..., D) -> (..., A, d)."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn adjacent channels of x, (B, M, A, d), by the angles of a rotary table, (M, d/2, 2), in float32."""
+    pairs, table = x.float().unflatten(-1, (-1, 2)), rotary[:, None]
+    if torch.compiler.is_compiling():  # compilers fuse real arithmetic and know no complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:  # one pass where real arithmetic takes six
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return pairs.flatten(-2).to(x.dtype)
+
+
+def relative_bias(table: Tensor, window: int) -> Tensor:
+    """Spread a relative-position table, ((2w-1)², A), over pairs of slots: (A, S, S) (Swin, eq. 4)."""
+    line = torch.arange(window, device=table.device)
+    offset = line[:, None] - line[None, :] + window - 1  # (w, w), query minus key, from 0
+    index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]  # (w, w, w, w)
+    return table[index.flatten()].view(window**2, window**2, -1).permute(2, 0, 1)
+
+
+class LocalDiTAttnProcessor:
+    """What `LocalDiTAttention` computes (a processor holds no tensors, only the choice of backend)."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "LocalDiTAttention", hidden_states: Tensor, windows: Windows) -> Tensor:
+        x = hidden_states.index_select(1, windows.slot_token)  # (B, M, D)
+        q, k, v = attn.project(x, windows.rotary)  # (B, M, A, d)
+        tables: list[Any] = [attn.relative_position_bias]
+        if attn.global_context is not None:
+            # The two attentions run as one of twice the heads.
+            global_qkv = attn.global_context(q, k, windows)
+            q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), global_qkv))
+            tables.append(attn.global_context.relative_position_bias)
+
+        mask = windows.attend  # (G, 1, S, S)
+        if tables[0] is not None:
+            bias = relative_bias(torch.cat(tables, dim=1), attn.window_size)  # (A, S, S)
+            mask = torch.where(mask, bias.to(q.dtype), -torch.inf)  # (G, A, S, S)
+        if len(x) > 1:
+            mask = mask.repeat(len(x), 1, 1, 1)  # (B*G, A, S, S)
+        q, k, v = (
+            y.unflatten(1, (-1, attn.window_size**2)).flatten(0, 1) for y in (q, k, v)
+        )  # (B*G, S, A, d)
+        out = dispatch_attention_fn(
+            q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        if attn.global_context is not None:
+            out = out.unflatten(2, (2, -1)).mean(dim=2)
+        out = out.reshape(len(x), -1, x.shape[-1])  # (B, M, D)
+        return attn.to_out[1](attn.to_out[0](out.index_select(1, windows.token_slot)))
+
+
+class LocalDiTFullAttnProcessor:
+    """What `LocalDiTFullAttention` computes."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "LocalDiTFullAttention", hidden_states: Tensor, rotary: Tensor | None) -> Tensor:
+        q, k, v = attn.project(hidden_states, rotary)  # (B, N, A, d)
+        out = dispatch_attention_fn(
+            q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+class LocalDiTCrossAttnProcessor:
+    """What `LocalDiTCrossAttention` computes."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "LocalDiTCrossAttention",
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | KeysValues,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        q = attn.norm_q(heads_of(attn.to_q(hidden_states), attn.heads))  # (B, N, A, d)
+        if isinstance(encoder_hidden_states, Tensor):
+            encoder_hidden_states = attn.project_text(encoder_hidden_states)
+        k, v = encoder_hidden_states  # (B, T, A, d)
+        out = dispatch_attention_fn(
+            q,
+            k,
+            v,
+            attn_mask=encoder_attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+class _Attention(nn.Module, AttentionModuleMixin):
+    """What every attention here learns: four projections, and RMSNorm on the heads of q and k."""
+
+    use_bias = True  # for AttentionModuleMixin.fuse_projections, which makes to_qkv or to_kv
+    is_cross_attention = False
+    to_qkv: nn.Linear
+    to_kv: nn.Linear
+    processor: Any
+    _default_processor_cls: ClassVar[Any]
+
+    def __init__(self, dim: int, heads: int, eps: float, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList((nn.Linear(dim, dim), nn.Dropout(dropout)))
+        self.norm_q = nn.RMSNorm(dim // heads, eps=eps)
+        self.norm_k = nn.RMSNorm(dim // heads, eps=eps)
+        self.processor = self._default_processor_cls()
+
+
+class LocalDiTFullAttention(_Attention):
+    """Self-attention over the whole image, as in PixArt, with normalised and rotated queries and keys."""
+
+    _default_processor_cls: ClassVar[Any] = LocalDiTFullAttnProcessor
+
+    def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both normalised, then rotated) and values of x, (B, N, D): three of (B, N, A, d)."""
+        if self.fused_projections:
+            q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        q, k, v = (heads_of(y, self.heads) for y in (q, k, v))
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return q, k, v
+
+    def forward(self, hidden_states: Tensor, geometry: Geometry, shift: int) -> Tensor:
+        """hidden_states: (B, N, D). Returns (B, N, D)."""
+        return self.processor(self, hidden_states, geometry.rotary)
+
+
+class LocalDiTAttention(LocalDiTFullAttention):
+    """Self-attention within windows of the token grid, with Swin's relative-position bias.
+
+    Costs O(N · w²) where full attention costs O(N²).
+    """
+
+    _default_processor_cls: ClassVar[Any] = LocalDiTAttnProcessor
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        eps: float,
+        dropout: float,
+        window_size: int,
+        relative_position_bias: bool,
+        global_context: bool,
+    ):
+        super().__init__(dim, heads, eps, dropout)
+        self.window_size = window_size
+        table = ((2 * window_size - 1) ** 2, heads)
+        self.relative_position_bias = nn.Parameter(torch.zeros(table)) if relative_position_bias else None
+        self.global_context = (
+            GlobalContext(dim, table if relative_position_bias else None) if global_context else None
+        )
+
+    def forward(self, hidden_states: Tensor, geometry: Geometry, shift: int) -> Tensor:
+        """hidden_states: (B, N, D). Returns (B, N, D)."""
+        return self.processor(self, hidden_states, geometry.windows[shift])
+
+
+class LocalDiTCrossAttention(_Attention):
+    """Attention from image tokens to text tokens."""
+
+    _default_processor_cls: ClassVar[Any] = LocalDiTCrossAttnProcessor
+    is_cross_attention = True
+
+    def project_text(self, text: Tensor) -> KeysValues:
+        """Normalised keys, and values, of the projected caption (B, T, D): two of (B, T, A, d)."""
+        k, v = (
+            self.to_kv(text).chunk(2, dim=-1)
+            if self.fused_projections
+            else (self.to_k(text), self.to_v(text))
+        )
+        return self.norm_k(heads_of(k, self.heads)), heads_of(v, self.heads)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | KeysValues,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states: (B, N, D); encoder_hidden_states: (B, T, D), or what `project_text` made of it;
+        encoder_attention_mask: (B, 1, 1, T) bool. Returns (B, N, D)."""
+        return self.processor(self, hidden_states, encoder_hidden_states, encoder_attention_mask)
+
+
+class GlobalContextFeatures(nn.Module):
+    """x + conv(x), where conv is a depthwise 3x3, GELU, squeeze-excite and a 1x1.
+
+    The mean of squeeze-excite, over the whole image, is the one path on which a window hears of the others.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.squeeze = nn.Linear(dim, dim // 4, bias=False)
+        self.excite = nn.Linear(dim // 4, dim, bias=False)
+        self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
+
+    def forward(self, x: Tensor, present: Tensor | None) -> Tensor:
+        """x: (B, D, h, w); present: (1, 1, h, w), None when every token is. Returns (B, D, h, w)."""
+        if present is None:
+            y = F.gelu(self.depthwise(x))
+            mean = y.mean((2, 3))
+        else:
+            y = F.gelu(self.depthwise(x * present)) * present
+            mean = y.sum((2, 3)) / present.sum()
+        scale = self.excite(F.gelu(self.squeeze(mean))).sigmoid()  # (B, D)
+        return x + self.pointwise(y * scale[:, :, None, None])
+
+
+class GlobalContext(nn.Module):
+    """A second attention in the same windows, whose queries have seen their neighbours and the image's mean.
+
+    It reads the queries and keys of the first one; the two results are averaged.
+    """
+
+    def __init__(self, dim: int, bias_table: tuple[int, int] | None):
+        super().__init__()
+        self.query_features = nn.ModuleList((GlobalContextFeatures(dim), GlobalContextFeatures(dim)))
+        self.to_kv = nn.Linear(dim, 2 * dim)
+        self.relative_position_bias = None if bias_table is None else nn.Parameter(torch.zeros(bias_table))
+
+    def forward(self, q: Tensor, k: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k: (B, M, A, d). Returns queries, keys and values, (B, M, A, d) each."""
+        (down, across), heads = windows.grid, q.shape[2]
+        side = round((q.shape[1] // (down * across)) ** 0.5)
+        blocks, lines = (down, across, side, side), (down, side, across, side)
+
+        def to_map(x: Tensor) -> Tensor:  # (B, M, D) -> (B, D, h, w), the shifted and padded map
+            x = x.unflatten(1, blocks).transpose(2, 3)  # (B, down, side, across, side, D)
+            return x.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
+
+        # The convolutions read the shifted map: published weights depend on where it is cut.
+        present = None if windows.present is None else to_map(windows.present[None]).to(q.dtype)
+        x = to_map(q.flatten(2))
+        for features in self.query_features:
+            x = features(x, present)
+        x = x.permute(0, 2, 3, 1)  # (B, h, w, D)
+        x = x.unflatten(2, lines[2:]).unflatten(1, lines[:2]).transpose(2, 3).flatten(1, 4)  # (B, M, D)
+        key, value = self.to_kv(k.flatten(2)).chunk(2, dim=-1)
+        return heads_of(x, heads), heads_of(key, heads), heads_of(value, heads)
+
+
+# --- Block --------------------------------------------------------------------------------------------------
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x · (1 + scale) + shift. x: (B, N, D); shift, scale: (B, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class LocalDiTBlock(nn.Module):
+    """Self-attention, attention to text, feed-forward, modulated by adaLN-single (PixArt-alpha, section 2.3).
+
+    A subclass may take further inputs by keyword: they come from the model's `attention_kwargs`.
+    """
+
+    def __init__(self, config: Any, index: int):
+        """config: the model's config. index: the block's place in the model, from 0."""
+        super().__init__()
+        dim, heads = config.num_attention_heads * config.attention_head_dim, config.num_attention_heads
+        self.shift = index % config.window_size
+        self.attention_residual = config.attention_residual
+
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=False)
+        self.attn1: nn.Module
+        if index in config.full_attention_layers:
+            self.attn1 = LocalDiTFullAttention(dim, heads, config.qk_norm_eps, config.dropout)
+        else:
+            bias = config.relative_position_bias
+            self.attn1 = LocalDiTAttention(
+                dim,
+                heads,
+                config.qk_norm_eps,
+                config.dropout,
+                window_size=config.window_size,
+                relative_position_bias=config.global_context if bias is None else bias,
+                global_context=config.global_context,
+            )
+        self.attn2 = LocalDiTCrossAttention(dim, heads, config.qk_norm_eps, config.dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=False)
+        self.ff = FeedForward(dim, activation_fn="gelu-approximate", dropout=config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | KeysValues,
+        conditioning: Tensor,
+        geometry: Geometry,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            hidden_states: Tokens in raster order, (B, N, D).
+            encoder_hidden_states: The projected caption, (B, T, D), or this block's keys and values of it.
+            conditioning: What adaLN-single made of the timestep and sizes, (B, 6 D).
+            geometry: The tables of the token grid.
+            encoder_attention_mask: (B, 1, 1, T) bool, True = attend; None attends to all.
+
+        Returns:
+            (B, N, D).
+        """
+        x = hidden_states
+        six = self.scale_shift_table[:, None] + conditioning.unflatten(1, (6, 1, -1))  # (B, 6, 1, D)
+        attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = six.unbind(1)
+
+        y = modulate(self.norm1(x), attn_shift, attn_scale)
+        attended = self.attn1(y, geometry, self.shift)
+        # The published attention adds its own input: weights depend on it.
+        x = torch.addcmul(x, attn_gate, attended + y if self.attention_residual else attended)
+
+        x = x + self.attn2(x, encoder_hidden_states, encoder_attention_mask)
+
+        y = modulate(self.norm2(x), ff_shift, ff_scale)
+        x = torch.addcmul(x, ff_gate, self.ff(y))
+        return x
+
+
+# --- Model --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """What a caption is to the transformer, made once by `encode_text` and passed at every step."""
+
+    text: Tensor  # (B, T, D) projected caption
+    mask: Tensor | None  # (B, 1, 1, T) bool
+    # Keys and values for each block. None: each block makes its own at its turn.
+    keys_values: tuple[KeysValues, ...] | None
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.text)
+
+
+class LocalDiTTransformer2DModel(
+    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, SingleFileMixin
+):
+    """The LocalDiT transformer. The defaults are the published 0.52 B model.
+
+    A subclass may name another `block_class` and add config fields: `examples/subclass_the_transformer.py`.
+
+    Args:
+        num_attention_heads: Heads of every attention.
+        attention_head_dim: Channels per head. The width D is the product of the two; a multiple of 3 with
+            `use_additional_conditions`; a head of a multiple of 4 with `rope`.
+        in_channels: Latent channels.
+        out_channels: Predicted channels; `None` for `in_channels`.
+        num_layers: Blocks. Block i shifts its windows by i mod `window_size` tokens.
+        caption_channels: Width of the text encoder's output.
+        sample_size: Latent side that the position embedding is stretched to (128 latents: 1024 pixels).
+        patch_size: Side of a token in latents.
+        window_size: Side of an attention window in tokens.
+        interpolation_scale: Divides the position grid; `None` for `max(sample_size // 64, 1)` as in PixArt.
+        norm_eps: Of the LayerNorms.
+        qk_norm_eps: Of the RMSNorms on queries and keys.
+        dropout: After output projections and in the feed-forward.
+        rope: Rotate queries and keys by their place in the image.
+        global_context: Average a second attention into every windowed one (`GlobalContext`).
+        attention_residual: Self-attention adds its own input to its output, as published.
+        full_attention_layers: Indices of the blocks that attend over the whole image instead of windows.
+        use_additional_conditions: Condition on resolution and aspect ratio.
+        relative_position_bias: Learned bias by offset within a window; `None` follows `global_context`, as
+            the published sizes are counted.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns: ClassVar = ["pos_embed", "norm", "adaln_single"]
+    _no_split_modules: ClassVar = ["LocalDiTBlock"]
+    _repeated_blocks: ClassVar = ["LocalDiTBlock"]
+    block_class: ClassVar[type[LocalDiTBlock]] = LocalDiTBlock
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "block_class" in vars(cls):
+            cls._no_split_modules = cls._repeated_blocks = [cls.block_class.__name__]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = 4,
+        num_layers: int = 18,
+        caption_channels: int = 4096,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        window_size: int = 4,
+        interpolation_scale: float | None = None,
+        norm_eps: float = 1e-6,
+        qk_norm_eps: float = 1e-10,
+        dropout: float = 0.0,
+        rope: bool = True,
+        global_context: bool = True,
+        attention_residual: bool = True,
+        full_attention_layers: tuple[int, ...] = (),
+        use_additional_conditions: bool = True,
+        relative_position_bias: bool | None = None,
+    ):
+        super().__init__()
+        self._check_config()
+        dim = num_attention_heads * attention_head_dim
+        self.out_channels = in_channels if out_channels is None else out_channels
+        scale = max(sample_size // 64, 1) if interpolation_scale is None else interpolation_scale
+        # The grid is added by `forward`: what depends on the size alone comes first in the key of its tables.
+        self._geometry_key: tuple[Any, ...] = (
+            window_size,
+            dim,
+            attention_head_dim,
+            rope,
+            sample_size // patch_size,
+            scale,
+            patch_size,
+        )
+
+        self.pos_embed = PatchEmbed(
+            sample_size, sample_size, patch_size, in_channels, dim, pos_embed_type=None
+        )
+        self.adaln_single = AdaLayerNormSingle(dim, use_additional_conditions)
+        self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim)
+        self.transformer_blocks = nn.ModuleList(self.block_class(self.config, i) for i in range(num_layers))
+        self.norm_out = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
+        self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
+
+        # What a subclass's block takes beyond ours.
+        own, base = (signature(block.forward).parameters for block in (self.block_class, LocalDiTBlock))
+        self._block_inputs = frozenset(own) - frozenset(base)
+
+        self.gradient_checkpointing = False
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the weights as the published training does; a subclass's blocks included."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))  # a linear layer on patches
+        for part in (self.adaln_single.emb, self.adaln_single.linear, self.caption_projection):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        for block in cast("list[LocalDiTBlock]", self.transformer_blocks):
+            nn.init.normal_(block.scale_shift_table, std=block.scale_shift_table.shape[1] ** -0.5)
+            nn.init.zeros_(block.attn2.to_out.get_parameter("0.weight"))  # the text comes in as it is learned
+        nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @apply_forward_hook
+    @apply_lora_scale("attention_kwargs")
+    def encode_text(
+        self,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> TextContext:
+        """Project a caption, and make each block's keys and values of it, once for all steps.
+
+        The model's output is bit for bit the same as with the caption itself.
+
+        Args:
+            encoder_hidden_states: Text features, (B, T, caption_channels).
+            encoder_attention_mask: (B, T), 1 or True = keep, 0 or False = padding; None keeps all.
+            attention_kwargs: As for `forward`; a LoRA's `scale` applies here too.
+        """
+        context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
+        attentions = [block.attn2 for block in cast("list[LocalDiTBlock]", self.transformer_blocks)]
+        # An offloaded block fetches its weights in its own forward alone.
+        if any(attn.to_k.weight.device != context.text.device for attn in attentions):
+            return context
+        keys_values = tuple(attn.project_text(context.text) for attn in attentions)
+        return TextContext(context.text, context.mask, keys_values)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | TextContext,
+        timestep: Tensor | float,
+        encoder_attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the noise (or what the model was trained for) in a noisy sample.
+
+        Args:
+            hidden_states: Noisy latents, (B, in_channels, H, W); H and W multiples of the patch size.
+            encoder_hidden_states: Text features, (B, T, caption_channels), or `encode_text` of them.
+            timestep: (B,) or a scalar, in [0, 1000); 0 is clean.
+            encoder_attention_mask: (B, T), 1 or True = keep; None keeps all, or what the `TextContext` holds.
+            added_cond_kwargs: `resolution`, (B, 2): height and width in pixels, and `aspect_ratio`, (B,):
+                width / height. None derives both from the latents, as an eighth of the picture.
+            attention_kwargs: `scale` of a LoRA; anything else goes to the blocks of a subclass by name.
+            return_dict: Return a `Transformer2DModelOutput`, else a tuple.
+
+        Returns:
+            `sample`, (B, out_channels, H, W).
+
+        Raises:
+            ValueError: for arguments that do not fit the model or each other.
+        """
+        self._check_inputs(
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            encoder_attention_mask,
+            added_cond_kwargs,
+            attention_kwargs,
+        )
+        batch, _, height, width = hidden_states.shape
+        patch = self.config.patch_size
+        grid = height // patch, width // patch
+        # A compiler sees the arithmetic itself and keeps the sizes dynamic; eager code keeps the tables.
+        get_geometry: Any = build_geometry if torch.compiler.is_compiling() else cached_geometry
+        geometry = get_geometry(*grid, *self._geometry_key, hidden_states.dtype, hidden_states.device)
+
+        # 1. Tokens.
+        # The convolution leaves the channels outermost; every layer from here on wants them innermost.
+        x = self.pos_embed(hidden_states).contiguous() + geometry.position  # (B, N, D)
+
+        # 2. Conditions.
+        timestep = torch.as_tensor(timestep, device=x.device).expand(batch)
+        if added_cond_kwargs is None:
+            sizes = geometry.resolution.expand(batch, 2), geometry.aspect_ratio.expand(batch)
+        else:
+            sizes = added_cond_kwargs["resolution"], added_cond_kwargs["aspect_ratio"]
+        conditioning, embedded_timestep = self.adaln_single(
+            timestep,
+            {"resolution": sizes[0], "aspect_ratio": sizes[1]},
+            batch_size=batch,
+            hidden_dtype=x.dtype,
+        )  # (B, 6 D), (B, D)
+
+        # 3. Text.
+        if isinstance(encoder_hidden_states, TextContext):
+            context = encoder_hidden_states
+        else:
+            context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
+
+        # 4. Blocks.
+        for index, block in enumerate(self.transformer_blocks):
+            text = context.text if context.keys_values is None else context.keys_values[index]
+            run = partial(block, **attention_kwargs) if attention_kwargs else block
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(run, x, text, conditioning, geometry, context.mask)
+            else:
+                x = run(x, text, conditioning, geometry, context.mask)
+
+        # 5. Output.
+        shift, scale = (self.scale_shift_table[:, None] + embedded_timestep[:, None, None]).unbind(
+            1
+        )  # (B, 1, D)
+        x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, N, p*p*C)
+        x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, C)
+        sample = x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _project_caption(self, text: Tensor, mask: Tensor | None) -> TextContext:
+        self._check_text(text, mask)
+        mask = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
+        return TextContext(self.caption_projection(text), mask, keys_values=None)
+
+    def _check_config(self) -> None:
+        config = self.config
+        for name in _POSITIVE_SIZES:
+            if not isinstance(config[name], int) or config[name] < 1:
+                raise ValueError(f"{name} must be a positive integer, got {config[name]!r}")
+        dim = config.num_attention_heads * config.attention_head_dim
+        width = f"{config.num_attention_heads} heads of {config.attention_head_dim}: {dim}"
+        if dim % 4:
+            raise ValueError(
+                f"the width num_attention_heads * attention_head_dim must be a multiple of 4, got {width}"
+            )
+        if config.rope and config.attention_head_dim % 4:
+            raise ValueError(
+                f"attention_head_dim must be a multiple of 4 with rope, got {config.attention_head_dim}"
+            )
+        if config.use_additional_conditions and dim % 3:
+            raise ValueError(
+                "the width num_attention_heads * attention_head_dim must be a multiple of 3 with "
+                f"use_additional_conditions, got {width}; change it or set use_additional_conditions=False"
+            )
+        for index in config.full_attention_layers:
+            if index not in range(config.num_layers):
+                raise ValueError(
+                    f"full_attention_layers must name blocks 0 to {config.num_layers - 1}, got {index!r}"
+                )
+
+    def _check_inputs(
+        self,
+        hidden_states: Tensor,
+        text: Tensor | TextContext,
+        timestep: Tensor | float,
+        text_mask: Tensor | None,
+        added_cond_kwargs: dict[str, Tensor] | None,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> None:
+        config = self.config
+        shape = tuple(hidden_states.shape)
+        if hidden_states.ndim != 4 or shape[1] != config.in_channels:
+            raise ValueError(
+                f"hidden_states must be (batch, {config.in_channels}, height, width), got {shape}"
+            )
+        batch, _, height, width = shape
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % config.patch_size:
+                raise ValueError(
+                    f"hidden_states' {name} must be a multiple of {config.patch_size}, got {size}"
+                )
+
+        if isinstance(text, TextContext):
+            if text.batch_size != batch:
+                raise ValueError(
+                    f"encoder_hidden_states is a TextContext of batch {text.batch_size}, "
+                    f"hidden_states has batch {batch}"
+                )
+            if text_mask is not None:
+                raise ValueError(
+                    "encoder_attention_mask must be None with a TextContext, which holds the mask "
+                    "given to encode_text"
+                )
+        else:
+            if len(text) != batch:
+                raise ValueError(
+                    f"encoder_hidden_states has batch {len(text)}, hidden_states has batch {batch}; "
+                    "repeat the text"
+                )
+
+        if isinstance(timestep, Tensor) and timestep.ndim and tuple(timestep.shape) not in ((batch,), (1,)):
+            raise ValueError(f"timestep must be a scalar or ({batch},), got {tuple(timestep.shape)}")
+
+        given = {name for name, value in (added_cond_kwargs or {}).items() if value is not None}
+        if added_cond_kwargs is not None and config.use_additional_conditions:
+            for name, expected in (("resolution", (batch, 2)), ("aspect_ratio", (batch,))):
+                if name not in given:
+                    raise ValueError(
+                        f"added_cond_kwargs must hold {name}, {expected}; pass None to derive both "
+                        "from hidden_states"
+                    )
+                if added_cond_kwargs[name].numel() != (2 * batch if name == "resolution" else batch):
+                    got = tuple(added_cond_kwargs[name].shape)
+                    raise ValueError(f"added_cond_kwargs' {name} must be {expected}, got {got}")
+        elif given:
+            raise ValueError(
+                "added_cond_kwargs must be None for a model without use_additional_conditions, "
+                f"got {sorted(given)}"
+            )
+
+        unknown = set(attention_kwargs or ()) - self._block_inputs
+        if unknown:
+            raise ValueError(
+                f"attention_kwargs holds {sorted(unknown)}, which {self.block_class.__name__} does not take; "
+                f"it takes {sorted(self._block_inputs | {'scale'})}"
+            )
+
+    def _check_text(self, text: Tensor, mask: Tensor | None) -> None:
+        width = self.config.caption_channels
+        if text.ndim != 3 or text.shape[2] != width:
+            raise ValueError(
+                f"encoder_hidden_states must be (batch, tokens, {width}), got {tuple(text.shape)}"
+            )
+        if mask is not None and mask.shape != text.shape[:2]:
+            raise ValueError(
+                f"encoder_attention_mask must be {tuple(text.shape[:2])} like encoder_hidden_states, "
+                f"got {tuple(mask.shape)}"
+            )
