@@ -1,0 +1,1 @@
+"""Training: objectives, the one loop, its configuration and its checkpoints."""

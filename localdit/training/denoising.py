@@ -1,0 +1,213 @@
+"""The denoising objective: a text-to-image transformer learns the noise in latents of captioned pictures.
+
+Latents and text features are made once, ahead of training, and kept in a file beside the run. The text
+features come from the pipeline's own `encode_prompt`, so that training and sampling cannot disagree.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils import make_image_grid
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import AutoTokenizer, T5EncoderModel
+
+from localdit.data.scenes import captions, render, scene
+from localdit.pipelines.local_dit import LocalDiTPipeline
+from localdit.training.autoencoder import to_tensor
+from localdit.training.text_encoder import as_users_write
+
+# B batch   C latent channels   h w latent   T text tokens   K channels of the text features
+
+# The fields that the training set depends on.
+_MAKES_THE_SET = (
+    "scenes",
+    "captions_per_scene",
+    "free_wording_rate",
+    "seed",
+    "picture_size",
+    "max_sequence_length",
+)
+
+
+@dataclass
+class Denoising:
+    """Noise prediction on the synthetic scenes (Ho et al. 2020, section 3.4, with the variance fixed)."""
+
+    vae: str  # folder or hub name of an AutoencoderKL
+    text_encoder: str  # folder or hub name of a T5 encoder
+    tokenizer: str  # of its tokenizer
+    scheduler: dict[str, Any]  # what the finished pipeline samples with; its schedule is trained on
+    scenes: int = 50_000  # pictures in the training set
+    captions_per_scene: int = 2  # wordings kept for each, drawn at random
+    free_wording_rate: float = 0.2  # share of captions as users might write them
+    seed: int = 0  # of the scenes and wordings
+    picture_size: int = 128  # pixels
+    max_sequence_length: int = 120  # tokens that a caption may have
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one
+    preview_prompts: tuple[str, ...] = ("a red circle left of a blue square", "a green star")
+    preview_guidance_scale: float = 4.0
+
+    def prepare(self, model: nn.Module, folder: Path, device: torch.device) -> "EncodedScenes":
+        """Load the frozen parts; make the training set in `folder` unless one made from the same is there."""
+        self.pipeline = LocalDiTPipeline(
+            tokenizer=AutoTokenizer.from_pretrained(self.tokenizer),
+            text_encoder=T5EncoderModel.from_pretrained(self.text_encoder, dtype=torch.float32).to(device),
+            vae=AutoencoderKL.from_pretrained(self.vae).to(device),
+            transformer=None,
+            scheduler=getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler),
+        )
+        self.noise_schedule = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        path, identity = folder / "encoded_scenes.safetensors", self._identity()
+        if not (path.exists() and safe_open(path, "pt").metadata().get("identity") == identity):
+            staged = path.with_suffix(f".tmp-{os.getpid()}")
+            save_file(self._encode(), staged, metadata={"identity": identity})
+            staged.replace(path)
+        data = EncodedScenes(load_file(path))
+        self.empty_text = data.empty_text.to(device)
+        return data
+
+    def loss(self, model: nn.Module, moments: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Mean squared error of the predicted noise, at uniform timesteps.
+
+        Args:
+            model: A LocalDiT transformer.
+            moments: Mean and log-variance of the autoencoder's posterior, (B, 2C, h, w).
+            text: Text features, (B, T, K).
+            text_mask: (B, T), True = keep.
+
+        Returns a scalar, float32.
+        """
+        latents = scale_latents(DiagonalGaussianDistribution(moments).sample(), self.pipeline.vae)
+        dropped = torch.rand(len(text), device=text.device) < self.caption_dropout  # (B,)
+        text, text_mask = text.clone(), text_mask.clone()
+        text[dropped, : len(self.empty_text)] = self.empty_text.to(text.dtype)
+        text_mask[dropped] = torch.arange(text.shape[1], device=text.device) < len(self.empty_text)
+
+        noise = torch.randn_like(latents)
+        steps = self.noise_schedule.config.num_train_timesteps
+        timestep = torch.randint(steps, (len(latents),), device=latents.device)
+        noisy = self.noise_schedule.add_noise(latents, noise, timestep)
+        predicted = model(noisy, text, timestep, text_mask, return_dict=False)[0]
+        return F.mse_loss(predicted.float(), noise.float())
+
+    def assemble(self, model: nn.Module) -> LocalDiTPipeline:
+        """The pipeline around a transformer."""
+        return LocalDiTPipeline(**{**self.pipeline.components, "transformer": model})
+
+    def preview(self, model: nn.Module) -> Image.Image:
+        """Fixed prompts and seeds, as one picture: a row for each prompt."""
+        pipeline = self.assemble(model)
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(4)] * len(self.preview_prompts)
+        images = pipeline(
+            list(self.preview_prompts),
+            num_images_per_prompt=4,
+            guidance_scale=self.preview_guidance_scale,
+            generator=[torch.Generator().manual_seed(g.initial_seed()) for g in generators],
+        ).images
+        return make_image_grid(images, rows=len(self.preview_prompts), cols=4)
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the finished pipeline."""
+        self.assemble(model).save_pretrained(folder)
+
+    def _identity(self) -> str:
+        """What the training set depends on: the encoders' weights and the choice of scenes and wordings."""
+        digest = hashlib.sha256()
+        for part in (self.pipeline.vae, self.pipeline.text_encoder):
+            for name, tensor in part.state_dict().items():
+                digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        choice = {name: getattr(self, name) for name in _MAKES_THE_SET}
+        digest.update(json.dumps([choice, self.pipeline.tokenizer.get_vocab()], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def _encode(self) -> dict[str, Tensor]:
+        moments, text, lengths, device = [], [], [], self.pipeline.vae.device
+        progress = tqdm(total=self.scenes, desc="encoding scenes", unit="scene")
+        for indices in _batched(range(self.scenes), 64):
+            drawn = [scene(i, seed=self.seed) for i in indices]
+            images = torch.stack([to_tensor(render(s, self.picture_size)) for s in drawn]).to(
+                device
+            )  # (B, 3, H, W)
+            moments.append(self.pipeline.vae.encode(images).latent_dist.parameters.half().cpu())
+            wordings = []
+            for i, s in zip(indices, drawn):
+                choose = random.Random(f"{self.seed}/{i}/wording")
+                for caption in choose.choices(captions(s), k=self.captions_per_scene):
+                    freely = choose.random() < self.free_wording_rate
+                    sizes = [caption.names_size] * len(s.objects)
+                    wordings.append(
+                        as_users_write(caption.text, s, sizes, choose)[0] if freely else caption.text
+                    )
+            for features in self._encode_text(wordings):
+                text.append(features)
+                lengths.append(len(features))
+            progress.update(len(indices))
+        return {
+            "moments": torch.cat(moments),  # (scenes, 2C, h, w)
+            "text": torch.cat(text),  # the kept tokens of all captions, one after the other
+            "lengths": torch.tensor(lengths),
+            "empty_text": next(self._encode_text([""])),
+        }
+
+    def _encode_text(self, texts: list[str]) -> Iterator[Tensor]:
+        """The features of each text's own tokens, (length, K)."""
+        embeds, mask, *_ = self.pipeline.encode_prompt(
+            texts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        for features, keep in zip(embeds, mask.bool()):
+            yield features[keep].half().cpu()
+
+
+class EncodedScenes(Dataset[dict[str, Tensor]]):
+    """Latents and text features of captioned scenes: every wording of every scene is an item."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.moments, self.text, self.empty_text = (
+            tensors["moments"],
+            tensors["text"],
+            tensors["empty_text"].float(),
+        )
+        self.ends = tensors["lengths"].cumsum(0)
+        self.lengths = tensors["lengths"]
+        self.length = int(self.lengths.max())
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """moments (2C, h, w), text (T, K), text_mask (T,), the text padded to the longest of the set."""
+        end, length = int(self.ends[index]), int(self.lengths[index])
+        text = self.text.new_zeros(self.length, self.text.shape[1], dtype=torch.float32)
+        text[:length] = self.text[end - length : end]
+        moments = self.moments[index * len(self.moments) // len(self)].float()
+        return {"moments": moments, "text": text, "text_mask": torch.arange(self.length) < length}
+
+
+def scale_latents(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+    """Latents as the autoencoder gives them, to the unit scale that the transformer works in."""
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def _batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
