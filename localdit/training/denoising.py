@@ -48,7 +48,7 @@ _MAKES_THE_SET = (
 
 @dataclass
 class Denoising:
-    """Noise prediction on the synthetic scenes (Ho et al. 2020, section 3.4, with the variance fixed)."""
+    """Denoising of the synthetic scenes' latents, by the noise or the velocity in them."""
 
     vae: str  # folder or hub name of an AutoencoderKL
     text_encoder: str  # folder or hub name of a T5 encoder
@@ -73,6 +73,11 @@ class Denoising:
             transformer=None,
             scheduler=getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler),
         )
+        if self.pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                "objective.scheduler.prediction_type must be epsilon or v_prediction, "
+                f"got {self.pipeline.scheduler.config.prediction_type!r}"
+            )
         self.noise_schedule = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         path, identity = folder / "encoded_scenes.safetensors", self._identity()
         if not (path.exists() and safe_open(path, "pt").metadata().get("identity") == identity):
@@ -84,7 +89,10 @@ class Denoising:
         return data
 
     def loss(self, model: nn.Module, moments: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise, at uniform timesteps.
+        """Mean squared error at uniform timesteps.
+
+        The target is the noise (Ho et al. 2020, eq. 14), or the velocity (Salimans & Ho 2022, appendix D)
+        where the scheduler's `prediction_type` is "v_prediction".
 
         Args:
             model: A LocalDiT transformer.
@@ -105,7 +113,10 @@ class Denoising:
         timestep = torch.randint(steps, (len(latents),), device=latents.device)
         noisy = self.noise_schedule.add_noise(latents, noise, timestep)
         predicted = model(noisy, text, timestep, text_mask, return_dict=False)[0]
-        return F.mse_loss(predicted.float(), noise.float())
+        target = noise
+        if self.noise_schedule.config.prediction_type == "v_prediction":
+            target = self.noise_schedule.get_velocity(latents, noise, timestep)
+        return F.mse_loss(predicted.float(), target.float())
 
     def assemble(self, model: nn.Module) -> LocalDiTPipeline:
         """The pipeline around a transformer."""

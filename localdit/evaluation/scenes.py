@@ -1,0 +1,141 @@
+"""Scene accuracy: does a picture show what its prompt says, in combinations never trained on?"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm import tqdm
+
+from localdit.data.scenes import Caption, Scene, SceneObject, canonical, captions, detect, scene
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What of a prompt a picture shows. None where the prompt does not say."""
+
+    count: bool  # as many objects as described
+    colors: bool
+    shapes: bool
+    sizes: bool | None
+    background: bool | None
+    relation: bool | None
+
+    @property
+    def attributes(self) -> bool:
+        """Every colour, shape and stated size."""
+        return self.colors and self.shapes and self.sizes is not False
+
+
+def judge(described: Scene, caption: Caption, picture: Image.Image) -> Verdict:
+    """Compare a picture with the scene that its prompt describes, on what the prompt states."""
+    described, found = canonical(described), detect(picture)
+    if len(found.objects) != len(described.objects):
+        background = found.background == described.background
+        return Verdict(
+            count=False,
+            colors=False,
+            shapes=False,
+            sizes=False if caption.names_size else None,
+            background=background if caption.names_background else None,
+            relation=None if described.relation is None else False,
+        )
+    # `detect` reads left to right or downwards; whether the prompt has it so is the relation's matter.
+    straight = _likeness(described.objects, found.objects)
+    swapped = _likeness(described.objects, found.objects[::-1])
+    pairs = list(zip(described.objects, found.objects if straight >= swapped else found.objects[::-1]))
+    return Verdict(
+        count=True,
+        colors=all(a.color == b.color for a, b in pairs),
+        shapes=all(a.shape == b.shape for a, b in pairs),
+        sizes=all(a.size == b.size for a, b in pairs) if caption.names_size else None,
+        background=found.background == described.background if caption.names_background else None,
+        relation=None
+        if described.relation is None
+        else found.relation == described.relation and straight > swapped,
+    )
+
+
+def _likeness(described: tuple[SceneObject, ...], found: tuple[SceneObject, ...]) -> int:
+    return sum((a.color == b.color) + (a.shape == b.shape) for a, b in zip(described, found))
+
+
+def evaluation_prompts(count: int, seed: int) -> Iterator[tuple[Scene, Caption]]:
+    """Held-out scenes, one and two objects in turn, each with one of its wordings."""
+    index, kept = 0, {1: 0, 2: 0}
+    while sum(kept.values()) < count:
+        described = scene(index, seed=seed, held_out=True)
+        index += 1
+        objects = len(described.objects)
+        if kept[objects] < (count + 2 - objects) // 2:
+            kept[objects] += 1
+            yield described, random.Random(f"{seed}/{index}/evaluation").choice(captions(described))
+
+
+def evaluate_scenes(
+    pipeline: Any,
+    *,
+    count: int = 256,
+    seed: int = 1,
+    batch_size: int = 32,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Generate pictures of held-out scenes and count what is right in them.
+
+    Args:
+        pipeline: A pipeline that takes prompts of the scenes.
+        count: Prompts, half with one object and half with two.
+        seed: Of the prompts; picture i has its own generator, seeded seed + i.
+        batch_size: Pictures at a time. The result does not depend on it.
+        num_inference_steps: None for the pipeline's default.
+        guidance_scale: None for the pipeline's default.
+        out: Folder for `scenes.json`, every prompt and verdict, and `scenes.png`, a grid of the first 64.
+
+    Returns:
+        `one_object` and `two_objects`: the share of pictures right in each respect.
+    """
+    options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    options = {name: value for name, value in options.items() if value is not None}
+    prompts = list(evaluation_prompts(count, seed))
+    pipeline.set_progress_bar_config(disable=True)
+    pictures: list[Image.Image] = []
+    for start in tqdm(range(0, count, batch_size), desc="scenes", unit="batch"):
+        texts = [caption.text for _, caption in prompts[start : start + batch_size]]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
+        pictures += pipeline(texts, generator=generators, **options).images
+    verdicts = [judge(*prompt, picture) for prompt, picture in zip(prompts, pictures)]
+
+    result: dict[str, Any] = {"count": count, "seed": seed, **options}
+    for name, objects in (("one_object", 1), ("two_objects", 2)):
+        of_kind = [v for (described, _), v in zip(prompts, verdicts) if len(described.objects) == objects]
+        result[name] = {
+            "count": _share([v.count for v in of_kind]),
+            "color": _share([v.colors for v in of_kind]),
+            "shape": _share([v.shapes for v in of_kind]),
+            "color and shape": _share([v.colors and v.shapes for v in of_kind]),
+            "size": _share([v.sizes for v in of_kind]),
+            "all attributes": _share([v.attributes for v in of_kind]),
+            "background": _share([v.background for v in of_kind]),
+            "relation": _share([v.relation for v in of_kind]),
+        }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt": c.text, **asdict(v)} for (_, c), v in zip(prompts, verdicts)]
+        (out / "scenes.json").write_text(json.dumps({**result, "pictures": rows}, indent=1))
+        shown = min(64, count // 8 * 8)
+        if shown:
+            make_image_grid(pictures[:shown], rows=shown // 8, cols=8).save(out / "scenes.png")
+    return result
+
+
+def _share(values: list[bool | None]) -> float | None:
+    """Of those that are not None, the share that is true."""
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), 4) if known else None

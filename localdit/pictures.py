@@ -1,0 +1,206 @@
+"""Picture files: PNGs that carry the settings they were made with, and foreign pictures read with care.
+
+Imports no PyTorch, so that a command can look at its files before it loads anything slow.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+MAX_PIXELS = 8192 * 8192  # of a picture that is read
+FORMATS = ("JPEG", "PNG", "WEBP")
+KEY = "localdit"  # of the settings among the texts of a PNG
+DTYPES = ("float32", "bfloat16", "float16")
+SCHEDULERS = {  # short names for diffusers' samplers
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+def _one_of(names: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(names)}", lambda value: value is None or value in names
+
+
+def _whole(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
+    return (
+        f"a whole number from {low} to {high}",
+        lambda value: isinstance(value, int) and low <= value <= high,
+    )
+
+
+def _number(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
+    return (
+        f"a number from {low} to {high}",
+        lambda value: isinstance(value, int | float) and low <= value <= high,
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(side, int) and side > 0 for side in value)
+    )
+
+
+_TEXT = "a text", lambda value: isinstance(value, str)
+_TEXT_OR_NONE = "a text", lambda value: value is None or isinstance(value, str)
+
+# What each setting must be: in words, and as a test, since they may come from a stranger's file.
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "prompt": _TEXT,
+    "seed": _whole(0, 2**63 - 1),
+    "negative": _TEXT,
+    "image": _TEXT_OR_NONE,
+    "image_sha256": _TEXT_OR_NONE,
+    "strength": _number(0, 1),
+    "steps": _whole(1, 1000),
+    "guidance": _number(0, 100),
+    "size": ("a width and a height in pixels", _is_size),
+    "model": _TEXT,
+    "dtype": _one_of(DTYPES),
+    "scheduler": _one_of(tuple(SCHEDULERS)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that one picture depends on. The defaults are those of the command line.
+
+    Raises:
+        ValueError: for a value of the wrong type or out of its range.
+    """
+
+    prompt: str
+    seed: int  # of the picture's own generator, which lives on the CPU
+    negative: str = ""
+    image: str | None = None  # absolute path of the picture to start from
+    image_sha256: str | None = None
+    strength: float = 0.8  # how far to leave `image`: 0 keeps it, 1 starts from noise
+    steps: int = 20
+    guidance: float = 7.0
+    size: tuple[int, int] | None = None  # width and height in pixels; None: the model's, or the image's
+    model: str = "mini"
+    dtype: str | None = None  # None: float32 on a CPU, bfloat16 elsewhere
+    scheduler: str | None = None  # None: the model's own
+
+    def __post_init__(self) -> None:
+        for name, (rule, fits) in _RULES.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def read_settings(path: str) -> Settings:
+    """The settings that a PNG of `write_png` carries.
+
+    Raises:
+        ValueError: when it is no PNG, or carries no settings that this version knows.
+    """
+    text = _open(_read(path), path, ("PNG",)).info.get(KEY)
+    if not isinstance(text, str):
+        raise ValueError(f"{path} carries no settings of localdit")
+    try:
+        settings = json.loads(text)
+        made_with = settings.pop("made_with")
+        settings["size"] = tuple(settings["size"]) if settings["size"] else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} carries damaged settings") from None
+    if settings.keys() != _RULES.keys():
+        differing = ", ".join(sorted(settings.keys() ^ _RULES.keys()))
+        raise ValueError(f"{path} was made by another version ({made_with}) with other settings: {differing}")
+    return Settings(**settings)
+
+
+def write_png(picture: Image.Image, path: Path, settings: Settings, made_with: dict[str, str]) -> None:
+    """Write a picture with its settings inside: as JSON, and as a text that people and other programs read.
+
+    The file appears under its name when it is whole; whatever stops the writing leaves nothing behind.
+
+    Args:
+        picture: What to write.
+        path: Where to; replaced if it is there.
+        settings: What `read_settings` gives back.
+        made_with: For information: versions, the device and the class of the `scheduler`.
+    """
+    info = PngInfo()
+    info.add_itxt(KEY, json.dumps(dataclasses.asdict(settings) | {"made_with": made_with}))
+    info.add_itxt("parameters", _summary(settings, made_with, picture.size))
+    unfinished = path.with_name(f".localdit-{os.getpid()}.tmp")
+    try:
+        picture.save(unfinished, format="PNG", pnginfo=info)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _summary(settings: Settings, made_with: dict[str, str], size: tuple[int, int]) -> str:
+    """In the form that the common web pages and galleries for generated pictures show."""
+    values = {
+        "Steps": settings.steps,
+        "Sampler": made_with["scheduler"],
+        "CFG scale": settings.guidance,
+        "Seed": settings.seed,
+        "Size": "{}x{}".format(*size),
+        "Model": settings.model,
+        "Denoising strength": None if settings.image is None else settings.strength,
+    }
+    negative = [f"Negative prompt: {settings.negative}"] if settings.negative else []
+    listed = ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
+    return "\n".join([settings.prompt, *negative, listed])
+
+
+def read_picture(path: str) -> tuple[Image.Image, str]:
+    """A picture to start from, decoded, and the SHA-256 of its file.
+
+    Raises:
+        ValueError: when it is no JPEG, PNG or WEBP, is damaged, or has more than `MAX_PIXELS` pixels (told by
+            its header, before memory is taken for them).
+    """
+    data = _read(path)
+    picture = _open(data, path, FORMATS)
+    try:
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return picture, hashlib.sha256(data).hexdigest()
+
+
+def _read(path: str) -> bytes:
+    if not Path(path).is_file():  # a device, say, may have no end
+        raise ValueError(f"{path} is no file")
+    return Path(path).read_bytes()
+
+
+def _open(data: bytes, path: str, formats: tuple[str, ...]) -> Image.Image:
+    """A picture whose header is read and whose size is allowed; nothing is decoded yet."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns above a limit of its own; ours is lower and final.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large: {error}") from None
+    except (OSError, SyntaxError, ValueError):
+        raise ValueError(f"{path} is not a readable picture in the format {' or '.join(formats)}") from None
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(
+            f"{path} has {picture.width}x{picture.height} pixels, more than the {MAX_PIXELS:,} that are read"
+        )
+    return picture

@@ -1,0 +1,104 @@
+"""Scene accuracy counts what a picture shows of what its prompt states."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from localdit.data.scenes import BACKGROUNDS, Scene, SceneObject, is_held_out, render
+from localdit.evaluation.scenes import Caption, evaluate_scenes, evaluation_prompts, judge
+
+RED = SceneObject("red", "circle", "small", 0.25, 0.5, 0.11)
+BLUE = SceneObject("blue", "square", "large", 0.7, 0.5, 0.17)
+PAIR = Scene("white", (RED, BLUE), "left of")
+SAYS_ALL = Caption("a small red circle left of a large blue square on a white background", True, True)
+
+
+def moved(o: SceneObject, **changes) -> SceneObject:
+    return SceneObject(**{**vars(o), **changes})
+
+
+def test_a_true_picture_is_right_in_every_respect():
+    verdict = judge(PAIR, SAYS_ALL, render(PAIR))
+    assert verdict.count
+    assert verdict.attributes
+    assert verdict.background
+    assert verdict.relation
+
+
+def test_the_order_of_the_words_does_not_matter():
+    inverse = Scene("white", (BLUE, RED), "right of")
+    assert judge(inverse, SAYS_ALL, render(PAIR)) == judge(PAIR, SAYS_ALL, render(PAIR))
+
+
+@pytest.mark.parametrize(
+    ("shown", "wrong"),
+    [
+        (Scene("white", (moved(RED, color="green"), BLUE), "left of"), {"colors"}),
+        (Scene("white", (moved(RED, shape="star"), BLUE), "left of"), {"shapes"}),
+        (Scene("white", (moved(RED, size="large", radius=0.17), BLUE), "left of"), {"sizes"}),
+        (Scene("black", (RED, BLUE), "left of"), {"background"}),
+        (Scene("white", (moved(RED, x=0.7), moved(BLUE, x=0.25)), "right of"), {"relation"}),
+        (Scene("white", (moved(RED, x=0.5, y=0.2), moved(BLUE, x=0.5, y=0.7)), "above"), {"relation"}),
+        # The colours changed places: each object is half like either, so neither is recognised where it should be.
+        (Scene("white", (moved(RED, color="blue"), moved(BLUE, color="red")), "left of"), {"colors", "relation"}),
+        (Scene("white", (RED,)), {"count", "colors", "shapes", "sizes", "relation"}),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_else(shown, wrong):
+    verdict = judge(PAIR, SAYS_ALL, render(shown))
+    assert {name for name, value in vars(verdict).items() if value is False} == wrong
+
+
+def test_what_the_prompt_leaves_open_is_not_judged():
+    says_little = Caption("a red circle left of a blue square", False, False)
+    shown = Scene("black", (moved(RED, size="large", radius=0.17), BLUE), "left of")
+    verdict = judge(PAIR, says_little, render(shown))
+    assert verdict.sizes is None
+    assert verdict.background is None
+    assert verdict.attributes
+    assert judge(Scene("white", (RED,)), says_little, render(Scene("white", (RED,)))).relation is None
+
+
+def test_prompts_are_held_out_and_half_of_them_pairs():
+    prompts = list(evaluation_prompts(40, seed=3))
+    assert [len(s.objects) for s, _ in prompts].count(1) == 20
+    assert all(is_held_out(s) for s, _ in prompts)
+    assert prompts == list(evaluation_prompts(40, seed=3))
+    assert prompts != list(evaluation_prompts(40, seed=4))
+
+
+class Oracle:
+    """A pipeline that draws what it is told, but blank for the last prompt."""
+
+    def __init__(self, prompts):
+        self.scenes = {caption.text: described for described, caption in prompts}
+        self.seeds = []
+
+    def set_progress_bar_config(self, **kwargs):
+        assert kwargs == {"disable": True}
+
+    def __call__(self, texts, generator, **options):
+        assert options == {"guidance_scale": 3.0}
+        self.seeds += [g.initial_seed() for g in generator]
+        images = [render(self.scenes[text]) for text in texts]
+        if len(self.seeds) == 10:
+            images[-1] = Image.new("RGB", (128, 128), BACKGROUNDS["gray"])
+        return SimpleNamespace(images=images)
+
+
+def test_the_shares_count_the_pictures_and_the_report_is_written(tmp_path):
+    prompts = list(evaluation_prompts(10, seed=1))
+    oracle = Oracle(prompts)
+    result = evaluate_scenes(oracle, count=10, seed=1, batch_size=4, guidance_scale=3.0, out=tmp_path)
+    assert oracle.seeds == list(range(1, 11))
+    blank, full = ("one_object", "two_objects")[:: 1 if len(prompts[-1][0].objects) == 1 else -1]
+    assert result[blank]["color and shape"] == 0.8
+    assert result[full]["all attributes"] == 1.0
+    assert result["one_object"]["relation"] is None
+    report = json.loads((tmp_path / "scenes.json").read_text())
+    assert len(report["pictures"]) == 10
+    assert [row["count"] for row in report["pictures"]].count(False) == 1
+    with Image.open(tmp_path / "scenes.png") as grid:
+        assert grid.size == (8 * 128, 128)
