@@ -1,4 +1,4 @@
-"""What the package carries besides code: LocalDiT-Mini, a complete small pipeline in diffusers' folder layout."""
+"""What the package carries besides code: LocalDiT-Mini, a complete pipeline in diffusers' folder layout."""
 
 from pathlib import Path
 

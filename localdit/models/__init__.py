@@ -1,1 +1,4 @@
-"""The architectures, one file each. A model's module path is written into saved pipelines: it is a file format."""
+"""The architectures, one file each.
+
+A model's module path is written into saved pipelines: these file names are part of a file format.
+"""

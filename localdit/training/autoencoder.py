@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Autoencoding:
     kl_weight: float = 1e-3
     edge_weight: float = 1.0
 
-    def prepare(self, model: nn.Module, folder: Path, device: torch.device) -> "SceneCrops":
+    def prepare(self, model: Any, folder: Path, device: torch.device) -> "SceneCrops":
         """Begin close to a linear map with little noise: from there the colours are learned sooner."""
         for name, parameter in model.named_parameters():
             if "resnets" in name and ".conv2." in name:

@@ -126,14 +126,15 @@ class Denoising:
         """Fixed prompts and seeds, as one picture: a row for each prompt."""
         pipeline = self.assemble(model)
         pipeline.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed) for seed in range(4)] * len(self.preview_prompts)
-        images = pipeline(
+        rows = len(self.preview_prompts)
+        (images,) = pipeline(
             list(self.preview_prompts),
             num_images_per_prompt=4,
             guidance_scale=self.preview_guidance_scale,
-            generator=[torch.Generator().manual_seed(g.initial_seed()) for g in generators],
-        ).images
-        return make_image_grid(images, rows=len(self.preview_prompts), cols=4)
+            generator=[torch.Generator().manual_seed(seed) for _ in range(rows) for seed in range(4)],
+            return_dict=False,
+        )
+        return make_image_grid(images, rows=rows, cols=4)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the finished pipeline."""
@@ -181,9 +182,10 @@ class Denoising:
 
     def _encode_text(self, texts: list[str]) -> Iterator[Tensor]:
         """The features of each text's own tokens, (length, K)."""
-        embeds, mask, *_ = self.pipeline.encode_prompt(
+        encoded: tuple[Any, ...] = self.pipeline.encode_prompt(
             texts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
+        embeds, mask, *_ = encoded
         for features, keep in zip(embeds, mask.bool()):
             yield features[keep].half().cpu()
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
-from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import localdit
@@ -52,35 +52,36 @@ def train(config: Config, resume: str = "auto") -> Path:
     )
     torch.manual_seed(options.seed)
     objective = build_objective(config.objective)
-    model = build_model(config.model)
+    bare_model = build_model(config.model)
     if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        bare_model.enable_gradient_checkpointing()
     with accelerator.main_process_first():
         run.mkdir(parents=True, exist_ok=True)
-        data = objective.prepare(model, run, accelerator.device)
+        data = objective.prepare(bare_model, run, accelerator.device)
     if accelerator.is_main_process:
         (run / "config.yaml").write_text(
             yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
         )
 
     optimizer = torch.optim.AdamW(
-        model.parameters(), options.learning_rate, options.betas, options.eps, options.weight_decay
+        bare_model.parameters(), options.learning_rate, options.betas, options.eps, options.weight_decay
     )
-    model.to(accelerator.device)
-    ema = EMAModel(model.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
+    bare_model.to(accelerator.device)
+    ema = EMAModel(bare_model.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
     step = 0
     if checkpoint := find_checkpoint(run, resume):
-        step = load_checkpoint(checkpoint, model, ema, optimizer)
+        step = load_checkpoint(checkpoint, bare_model, ema, optimizer)
         logger.info(f"resumed from {checkpoint}")
     rate = learning_rate(options)
-    bare_model = model
     if options.compile:
-        model = torch.compile(model)
-    model, optimizer = accelerator.prepare(model, optimizer)
+        bare_model.compile()
+    model, optimizer = accelerator.prepare(bare_model, optimizer)
 
     rank, world = accelerator.process_index, accelerator.num_processes
     order = Order(len(data), options, step, rank, world)
-    batches = DataLoader(data, batch_sampler=order, num_workers=options.num_workers)
+    batches: Any = DataLoader(
+        cast("Dataset[dict[str, Tensor]]", data), batch_sampler=order, num_workers=options.num_workers
+    )
     progress = tqdm(
         total=options.max_steps,
         initial=step,
@@ -88,7 +89,7 @@ def train(config: Config, resume: str = "auto") -> Path:
         disable=not accelerator.is_main_process,
         dynamic_ncols=True,
     )
-    losses: list[torch.Tensor] = []
+    losses: list[Tensor] = []
     started = time.monotonic()
     model.train()
 
@@ -146,7 +147,7 @@ def train(config: Config, resume: str = "auto") -> Path:
     return run / "final"
 
 
-def build_model(values: dict[str, Any]) -> nn.Module:
+def build_model(values: dict[str, Any]) -> Any:
     """The model that `_class_name` says, ours or diffusers', with the other values as its config, strictly.
 
     Raises:

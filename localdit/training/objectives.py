@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from localdit.training.autoencoder import Autoencoding
 from localdit.training.config import build
@@ -14,10 +13,18 @@ from localdit.training.denoising import Denoising
 from localdit.training.text_encoder import SceneParsing
 
 
+class Data(Protocol):
+    """A training set: item i is the same whenever it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+
+
 class Objective(Protocol):
     """A dataclass whose fields are the keys of a configuration's `objective` section."""
 
-    def prepare(self, model: nn.Module, folder: Path, device: torch.device) -> Dataset[dict[str, Tensor]]:
+    def prepare(self, model: nn.Module, folder: Path, device: torch.device) -> Data:
         """Make or load the training set, kept in `folder` if worth it. The fresh model may be changed."""
 
     def loss(self, model: nn.Module, **batch: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from PIL import Image
 from localdit.data.scenes import BACKGROUNDS, Scene, SceneObject, is_held_out, render
 from localdit.evaluation.scenes import Caption, evaluate_scenes, evaluation_prompts, judge
 
+ASIDE, UNDER = {"x": 0.7}, {"x": 0.5, "y": 0.7}
 RED = SceneObject("red", "circle", "small", 0.25, 0.5, 0.11)
 BLUE = SceneObject("blue", "square", "large", 0.7, 0.5, 0.17)
 PAIR = Scene("white", (RED, BLUE), "left of")
@@ -39,10 +40,13 @@ def test_the_order_of_the_words_does_not_matter():
         (Scene("white", (moved(RED, shape="star"), BLUE), "left of"), {"shapes"}),
         (Scene("white", (moved(RED, size="large", radius=0.17), BLUE), "left of"), {"sizes"}),
         (Scene("black", (RED, BLUE), "left of"), {"background"}),
-        (Scene("white", (moved(RED, x=0.7), moved(BLUE, x=0.25)), "right of"), {"relation"}),
-        (Scene("white", (moved(RED, x=0.5, y=0.2), moved(BLUE, x=0.5, y=0.7)), "above"), {"relation"}),
-        # The colours changed places: each object is half like either, so neither is recognised where it should be.
-        (Scene("white", (moved(RED, color="blue"), moved(BLUE, color="red")), "left of"), {"colors", "relation"}),
+        (Scene("white", (moved(RED, **ASIDE), moved(BLUE, x=0.25)), "right of"), {"relation"}),
+        (Scene("white", (moved(RED, x=0.5, y=0.2), moved(BLUE, **UNDER)), "above"), {"relation"}),
+        # The colours changed places: each object is half like either, and is recognised as neither.
+        (
+            Scene("white", (moved(RED, color="blue"), moved(BLUE, color="red")), "left of"),
+            {"colors", "relation"},
+        ),
         (Scene("white", (RED,)), {"count", "colors", "shapes", "sizes", "relation"}),
     ],
 )

@@ -34,7 +34,8 @@ def frozen(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     AutoencoderKL(**TOY_VAE).save_pretrained(folder / "vae")
     tokenizer = train_tokenizer(c.text for i in range(50) for c in captions(scene(i)))
-    config = T5Config(vocab_size=256, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
+    sizes = {"vocab_size": 256, "d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, dropout_rate=0.0)
     T5EncoderModel(config).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     return folder
@@ -171,16 +172,19 @@ def test_two_processes_share_the_batches_of_one():
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    rate = learning_rate(TrainConfig(max_steps=100, batch_size=1, learning_rate=2.0, warmup_steps=10, schedule="cosine"))
+    options = TrainConfig(max_steps=100, batch_size=1, learning_rate=2.0, warmup_steps=10)
+    rate = learning_rate(replace(options, schedule="cosine"))
     assert rate(0) == 0
     assert rate(5) == 1
     assert rate(10) == 2
     assert rate(55) == pytest.approx(1)
     assert rate(100) == pytest.approx(0)
-    constant = learning_rate(TrainConfig(max_steps=100, batch_size=1, learning_rate=2.0, warmup_steps=10))
+    constant = learning_rate(options)
     assert (constant(5), constant(99)) == (1, 2)
 
 
 def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path, frozen):
-    with pytest.raises(ValueError, match="resume must be auto, never or the path of a checkpoint, got 'nowhere'"):
+    with pytest.raises(
+        ValueError, match="resume must be auto, never or the path of a checkpoint, got 'nowhere'"
+    ):
         train(denoising(tmp_path, frozen), resume="nowhere")

@@ -1,0 +1,270 @@
+"""What pipelines share: checked text, pictures as tensors, the times of schedulers, LoRA, a watch for NaN."""
+
+import inspect
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.loaders import SanaLoraLoaderMixin
+from PIL import Image, ImageOps
+from torch import Tensor
+
+ImageInput: TypeAlias = Union[Image.Image, np.ndarray, Tensor, Sequence["ImageInput"]]  # noqa: UP007
+
+
+class NonFiniteError(RuntimeError):
+    """A model gave NaN or infinity, and a black picture would follow. The message names model and remedy."""
+
+
+def require_finite(x: Tensor, source: str, remedy: str) -> None:
+    """Raise `NonFiniteError` unless every number in x is finite."""
+    if not x.isfinite().all():
+        raise NonFiniteError(f"{source} gave numbers that are not finite: {remedy}")
+
+
+def check_text(
+    name: str, text: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, width: int
+) -> int:
+    """Check text, or embeddings in its place, and return how many there are.
+
+    Args:
+        name: Of the argument that holds the text; the others are `{name}_embeds` and `{name}_attention_mask`.
+        text: One text or a list; None with embeddings.
+        embeds: (texts, T, width), or None.
+        mask: (texts, T), 1 = keep, 0 = padding; None without embeddings.
+        width: Of an embedding.
+    """
+    if embeds is None:
+        if mask is not None:
+            raise ValueError(f"{name}_attention_mask must come with {name}_embeds")
+        texts = text if isinstance(text, list) else [text]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"{name} must be a text or a list of texts, or {name}_embeds be given, got {text!r}"
+            )
+        return len(texts)
+
+    if text is not None:
+        raise ValueError(f"{name} must be None with {name}_embeds, got {text!r}")
+    if embeds.ndim != 3 or embeds.shape[2] != width or embeds.numel() == 0:
+        raise ValueError(f"{name}_embeds must be (texts, tokens, {width}), got {tuple(embeds.shape)}")
+    if not (embeds.is_floating_point() and embeds.isfinite().all()):
+        raise ValueError(
+            f"{name}_embeds must be finite floating point numbers, got {embeds.dtype} or NaN or infinity"
+        )
+    if mask is None or mask.shape != embeds.shape[:2]:
+        raise ValueError(
+            f"{name}_attention_mask must be {tuple(embeds.shape[:2])} as {name}_embeds is, "
+            f"got {None if mask is None else tuple(mask.shape)}"
+        )
+    if not ((mask == 0) | (mask == 1)).all() or not (mask == 1).any(dim=1).all():
+        raise ValueError(f"{name}_attention_mask must be 1 for text and 0 for padding, with a 1 in every row")
+    return len(embeds)
+
+
+def lost_words(tokenizer: Any, text: str, length: int) -> str:
+    """The words at the end of a text that do not fit, whole, into `length` tokens."""
+    words = text.split()
+
+    def tokens(count: int) -> int:
+        return len(tokenizer(" ".join(words[:count]), verbose=False).input_ids)
+
+    if tokens(len(words)) <= length:
+        return ""
+    return " ".join(words[bisect_right(range(1, len(words) + 1), length, key=tokens) :])
+
+
+def read_images(image: ImageInput, latent_channels: int) -> list[Tensor]:
+    """Read pictures of any usual kind, or latents.
+
+    Args:
+        image: One of the following, or a list of them. A PIL image, of any mode but the 32-bit greys "I" and
+            "F", is turned as its EXIF orientation says. An array is (H, W), (H, W, C) or (N, H, W, C), a
+            tensor (H, W), (C, H, W) or (N, C, H, W), with C = 1 (grey), 3 (RGB) or 4 (RGBA), of uint8,
+            uint16, or floating point in [0, 1]. Transparency is laid on white. A tensor with C =
+            `latent_channels` holds latents, unless that is 1 or 3.
+        latent_channels: Channels of a latent.
+
+    Returns:
+        Float32 tensors: pictures (3, H, W) in [0, 1], or latents (latent_channels, h, w) as they are.
+    """
+    if isinstance(image, list | tuple):
+        if not image:
+            raise ValueError("image must hold a picture or be None, got an empty list")
+        return [x for item in image for x in read_images(item, latent_channels)]
+    if isinstance(image, Image.Image):
+        image = _pil_to_numpy(image)
+    if isinstance(image, np.ndarray):
+        x = torch.from_numpy(image.copy())
+        x = x if x.ndim == 2 else x.movedim(-1, -3)
+    elif isinstance(image, Tensor):
+        x = image
+        if x.ndim in (3, 4) and x.shape[-3] == latent_channels and latent_channels not in (1, 3):
+            if not (x.is_floating_point() and x.isfinite().all()):
+                raise ValueError("image holds latents, which must be finite floating point numbers")
+            return list(x.float().reshape(-1, *x.shape[-3:]))
+    else:
+        raise ValueError(
+            f"image must be a PIL image, an array, a tensor or a list of these, got {type(image).__name__}"
+        )
+
+    x = x[None] if x.ndim == 2 else x
+    if x.ndim not in (3, 4) or x.shape[-3] not in (1, 3, 4) or x.numel() == 0:
+        raise ValueError(
+            "image must be (H, W), (H, W, C) or (N, H, W, C) as an array, (H, W), (C, H, W) or (N, C, H, W) "
+            f"as a tensor, with C = 1, 3 or 4, got {tuple(image.shape)}"
+        )
+    x = _to_unit_range(x.reshape(-1, *x.shape[-3:]))  # (N, C, H, W)
+    if x.shape[1] == 4:
+        color, alpha = x[:, :3], x[:, 3:]
+        x = color * alpha + (1 - alpha)
+    return list(x.expand(-1, 3, -1, -1))
+
+
+def _pil_to_numpy(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"image must have a mode of known range, got PIL mode {image.mode!r}; convert it first"
+        )
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(
+            np.uint16
+        )  # Pillow would cut it to 8 bits; the type undoes big-endian
+    return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+
+
+def _to_unit_range(x: Tensor) -> Tensor:
+    if x.dtype in (torch.uint8, torch.uint16):
+        return x.float() / torch.iinfo(x.dtype).max
+    if not x.is_floating_point():
+        raise ValueError(f"image must be uint8, uint16 or floating point, got {x.dtype}")
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= 1):  # NaN fails too
+        raise ValueError(
+            f"image must lie in [0, 1], got [{low:.4g}, {high:.4g}]; (image + 1) / 2 brings [-1, 1] there"
+        )
+    return x.float()
+
+
+def is_picture(x: Tensor) -> bool:
+    """Whether `read_images` gave a picture, or latents."""
+    return len(x) == 3
+
+
+def check_images(images: list[Tensor], prompts: int, latent_size: tuple[int, int]) -> None:
+    """Check that images from `read_images` fit so many prompts and, where they are latents, the size."""
+    if len(images) not in (1, prompts):
+        raise ValueError(f"image must be one or {prompts}, one for each prompt, got {len(images)}")
+    if len({len(x) for x in images}) > 1:
+        raise ValueError("image must hold pictures or latents, got both")
+    if not is_picture(images[0]) and any(x.shape[1:] != latent_size for x in images):
+        raise ValueError(
+            f"image holds latents, which are not stretched: they must be {latent_size}, "
+            f"got {[tuple(x.shape[1:]) for x in images]}"
+        )
+
+
+def image_size(images: list[Tensor], multiple: int) -> tuple[int, int]:
+    """The common height and width of pictures, rounded down to a multiple."""
+    sizes = sorted({(x.shape[-2], x.shape[-1]) for x in images})
+    if len(sizes) > 1:
+        raise ValueError(f"height and width must be given with images of different sizes, got {sizes}")
+    height, width = sizes[0]
+    if min(height, width) < multiple:
+        raise ValueError(
+            f"height and width must be given with an image under {multiple} a side, got {height} x {width}"
+        )
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def resize_images(images: list[Tensor], height: int, width: int) -> Tensor:
+    """Stretch pictures (3, H, W) to (N, 3, height, width): bicubic, antialiased; those of that size stay."""
+    resized = []
+    for x in images:
+        if x.shape[-2:] != (height, width):
+            x = F.interpolate(x[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+        resized.append(x)
+    return torch.stack(resized)
+
+
+def set_timesteps(
+    scheduler: Any,
+    num_inference_steps: int,
+    tokens: int,
+    device: torch.device,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+) -> int:
+    """Set the times that a scheduler visits.
+
+    Args:
+        scheduler: Any of diffusers'.
+        num_inference_steps: Steps, where neither `timesteps` nor `sigmas` is given.
+        tokens: Image tokens, by which a scheduler with `use_dynamic_shifting` moves its times (Esser et al.
+            2024, arXiv 2403.03206, section 5.3.2), on the line through two points that its config gives.
+        device: Where the times are put.
+        timesteps: Own times, falling, if the scheduler takes them.
+        sigmas: Own noise levels, falling, if the scheduler takes them. Not both.
+
+    Returns:
+        The number of steps. A scheduler of order 2 visits two times in each but the last.
+    """
+    own: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
+    own = {name: values for name, values in own.items() if values is not None}
+    if len(own) == 2:
+        raise ValueError("timesteps and sigmas must not both be given: leave one at None")
+    for name, values in own.items():
+        if len(values) == 0:
+            raise ValueError(f"{name} must hold a value or be None, got {values!r}")
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{name} must be None with {type(scheduler).__name__}, which takes none")
+
+    shift = {}
+    if scheduler.config.get("use_dynamic_shifting", False):
+        points = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        x0, x1, y0, y1 = (scheduler.config.get(name, default) for name, default in points.items())
+        shift["mu"] = y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+    scheduler.set_timesteps(**(own or {"num_inference_steps": num_inference_steps}), device=device, **shift)
+    return -(-len(scheduler.timesteps) // getattr(scheduler, "order", 1))
+
+
+@contextmanager
+def float32_where_asked(vae: Any) -> Iterator[None]:
+    """Put a float16 VAE whose config says that it overflows (`force_upcast`) in float32 for a while."""
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.float()
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.half()
+
+
+class TransformerLoraMixin(SanaLoraLoaderMixin):
+    """LoRA for a pipeline with a `transformer`.
+
+    Sana's mixin is diffusers' plain case, one component by that name, and holds nothing of Sana's. Ours only
+    refuses what it would take in silence or on trust.
+    """
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """As diffusers', but from safetensors alone (a pickle can run code), never without our weights."""
+        name = kwargs.get("weight_name")
+        if name is not None and not name.endswith(".safetensors"):
+            raise ValueError(f"weight_name must be a .safetensors file, got {name!r}")
+        kwargs["use_safetensors"] = True
+        loaded = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        keys = loaded[0] if kwargs.get("return_lora_metadata") else loaded
+        if not any(key.startswith(f"{cls.transformer_name}.") for key in keys):
+            raise ValueError(
+                f"a LoRA must have keys under '{cls.transformer_name}.', got {sorted(keys)[:3]} ..."
+            )
+        return loaded

@@ -1,0 +1,598 @@
+"""LocalDiTPipeline: text to image and image to image with `LocalDiTTransformer2DModel`, in one class."""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from localdit.models.local_dit import LocalDiTTransformer2DModel
+from localdit.pipelines.common import (
+    ImageInput,
+    TransformerLoraMixin,
+    check_images,
+    check_text,
+    float32_where_asked,
+    image_size,
+    is_picture,
+    lost_words,
+    read_images,
+    require_finite,
+    resize_images,
+    set_timesteps,
+)
+
+logger = logging.getLogger(__name__)
+
+# B pictures (prompts x pictures of each)   C latent channels   H W latent   T text tokens
+
+TEXT_TENSORS = (
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+)
+VAE_REMEDY = "run the VAE in float32 (pipe.vae.to(torch.float32)), or take one made for float16"
+
+
+class LocalDiTPipeline(DiffusionPipeline, TransformerLoraMixin):
+    """Text to image, and image to image where `image` is given.
+
+    A component may be None in calls that do without it: tokenizer and text_encoder with embeddings in place
+    of text, vae with latents in and out, vae, transformer and scheduler with `encode_prompt` alone.
+
+    Args:
+        tokenizer: T5's, or one like it.
+        text_encoder: Its first output is (B, T, caption_channels), as of `T5EncoderModel`.
+        vae: `AutoencoderKL`, or one with its interface. Without it a latent is taken for 8 x 8 pixels.
+        transformer: `LocalDiTTransformer2DModel`, or one with its interface.
+        scheduler: Any of diffusers' for noise, v or flow prediction; its config says which.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components: ClassVar = ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
+    _callback_tensor_inputs: ClassVar = ["latents", *TEXT_TENSORS]
+
+    _guidance_scale = 1.0
+    _attention_kwargs: dict[str, Any] | None = None
+    _num_timesteps = 0
+    _current_timestep: Tensor | None = None
+    _interrupt = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        vae: AutoencoderKL | None = None,
+        transformer: LocalDiTTransformer2DModel | None = None,
+        scheduler: SchedulerMixin | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+        self.image_processor = VaeImageProcessor()
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent, along a side."""
+        return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback sets `pipe._interrupt = True` to stop after its step, with what there is then."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = "",
+        *,
+        image: ImageInput | None = None,
+        strength: float = 0.8,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 7.0,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 120,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Make pictures.
+
+        Args:
+            prompt: What to show, or a list, for a picture of each. Lower-cased and stripped, as in training.
+            negative_prompt: What to steer away from: one text for all prompts, or one each. None is the empty
+                text.
+            image: The picture to start from: one for all prompts, or one each, of any kind that `read_images`
+                takes, or its latents as `output_type="latent"` gives them. It is stretched to `height` x
+                `width`, by default its own size, rounded down to a multiple of the VAE's factor times the
+                patch size (16 as published).
+            strength: How much of the noise schedule the picture goes through, 0 to 1: the last
+                int(num_inference_steps * strength) steps. No step at all gives the picture back through the
+                VAE. 1 starts from noise alone, and takes the picture's size only.
+            height: In pixels, such a multiple. Default: that of `image`, else what the transformer was made
+                for.
+            width: Likewise.
+            num_inference_steps: Steps of the scheduler. Those of order 2 call the transformer twice in a
+                step.
+            guidance_scale: Weight of classifier-free guidance. At 1 or less there is none, and all that is
+                negative goes unused.
+            timesteps: Own times, falling, for schedulers that take them.
+            sigmas: Own noise levels, falling, for schedulers that take them.
+            num_images_per_prompt: Pictures of each prompt.
+            eta: Share of noise that DDIM adds, 0 to 1; must be 0 with schedulers that do not know it.
+            generator: Source of all noise: one, or a list of one for each picture, with which picture i is
+                the one that generator i makes alone.
+            latents: Unit noise to take in place of drawn noise, (B, C, H, W).
+            prompt_embeds: Text features in place of `prompt`, (prompts, T, caption_channels).
+            prompt_attention_mask: Their mask, (prompts, T): 1 = keep, 0 = padding.
+            negative_prompt_embeds: Likewise in place of `negative_prompt`, of the same shape.
+            negative_prompt_attention_mask: Their mask.
+            output_type: "pil"; "np" (B, height, width, 3) or "pt" (B, 3, height, width), float32 in [0, 1];
+                or "latent" (B, C, H, W), float32.
+            return_dict: Return an `ImagePipelineOutput`, else a tuple of its `images`.
+            attention_kwargs: For the transformer; `scale` is that of a LoRA.
+            callback_on_step_end: A function or one of diffusers' callback objects, called after each call of
+                the transformer with (pipe, index, timestep, tensors). It returns the tensors, changed as it
+                likes.
+            callback_on_step_end_tensor_inputs: Which tensors it gets: "latents", and the four of the text,
+                each as the argument of that name is (prompt_embeds has no negative half).
+            max_sequence_length: Tokens that text is padded or cut to. Words that are cut off are logged.
+
+        Raises:
+            ValueError: For arguments that fit neither the components nor each other, before the transformer
+                is called.
+            NonFiniteError: Where a model gives NaN or infinity.
+        """
+        # 1. Refuse what cannot work.
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be loaded to make a picture, got None")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._interrupt = False
+        images = [] if image is None else read_images(image, self.transformer.config.in_channels)
+        if height is None or width is None:
+            own_height, own_width = self._default_size(images)
+            height = own_height if height is None else height
+            width = own_width if width is None else width
+        text: dict[str, Any] = {
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        batch = self.check_inputs(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            **text,
+            max_sequence_length=max_sequence_length,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            height=height,
+            width=width,
+            images=images,
+            strength=strength,
+            latents=latents,
+            num_inference_steps=num_inference_steps,
+            eta=eta,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        device = self._execution_device
+
+        # 2. The times to visit.
+        tokens = height * width // self._size_multiple**2
+        steps = set_timesteps(self.scheduler, num_inference_steps, tokens, device, timesteps, sigmas)
+        times, steps = self.get_timesteps(steps, strength if images else 1.0)
+        self._num_timesteps = len(times)
+
+        # 3. The text, and with it all that the transformer is told at every step.
+        encoded = self.encode_prompt(
+            prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
+            num_images_per_prompt,
+            device,
+            max_sequence_length=max_sequence_length,
+            **text,
+        )
+        text = dict(zip(TEXT_TENSORS, encoded))
+
+        # 4. The latents to start from.
+        image_latents = None
+        if images and strength < 1:
+            image_latents = self.encode_image(images, batch, height, width, device, generator)
+        latents = self.prepare_latents(batch, height, width, times, device, generator, latents, image_latents)
+
+        # 5. Denoise. Outside the transformer everything is float32.
+        guided = self.do_classifier_free_guidance
+        conditions = self._conditions(text, height, width, device)
+        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
+        order = getattr(self.scheduler, "order", 1)
+        taken = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in taken}
+        with self.progress_bar(total=steps) as bar:
+            for i, t in enumerate(times):
+                if self.interrupt:
+                    break
+                self._current_timestep = t
+                x = scale_model_input(latents, t)
+                x = torch.cat((x, x)) if guided else x  # (2B, C, H, W), negative first
+                with self.transformer.cache_context("cond_uncond" if guided else "cond"):
+                    predicted = self.transformer(
+                        hidden_states=x.to(self.transformer.dtype),
+                        timestep=t.float().expand(len(x)),
+                        attention_kwargs=attention_kwargs,
+                        return_dict=False,
+                        **conditions,
+                    )[0].float()
+                predicted = predicted[:, : latents.shape[1]]  # a learned variance would follow
+                if guided:
+                    negative, positive = predicted.chunk(2)
+                    predicted = torch.lerp(negative, positive, self.guidance_scale)
+                latents = self.scheduler.step(predicted, t, latents, **step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, **text}
+                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    # A tensor may also be changed in place: text that was given is read anew.
+                    read_anew = not text.keys().isdisjoint(given)
+                    changed = callback_on_step_end(self, i, t, given) or {}
+                    latents = changed.pop("latents", latents)
+                    if changed or read_anew or guided != self.do_classifier_free_guidance:
+                        text = self._changed_text(text, changed, guided)
+                        guided = self.do_classifier_free_guidance
+                        conditions = self._conditions(text, height, width, device)
+                if (i + 1) % order == 0 or i + 1 == len(times):
+                    bar.update()
+        self._current_timestep = None
+        require_finite(latents, "denoising", "run the transformer in bfloat16 or float32")
+
+        # 6. Decode.
+        pictures: Any = latents
+        if output_type != "latent":
+            pictures = self.image_processor.postprocess(self.decode_latents(latents), output_type)
+
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def check_inputs(
+        self,
+        *,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        prompt_attention_mask: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        negative_prompt_attention_mask: Tensor | None,
+        max_sequence_length: int,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        height: int,
+        width: int,
+        images: list[Tensor],
+        strength: float,
+        latents: Tensor | None,
+        num_inference_steps: int,
+        eta: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> int:
+        """Raise ValueError for arguments of `__call__` that cannot work; `images` as `read_images` gives
+        them.
+
+        Returns how many pictures there will be.
+        """
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % self._size_multiple:
+                raise ValueError(f"{name} must be a positive multiple of {self._size_multiple}, got {size}")
+        for name, count in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+            ("max_sequence_length", max_sequence_length),
+        ):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        for name, share in (("strength", strength), ("eta", eta)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}")
+        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(
+                f"eta must be 0 with {type(self.scheduler).__name__}, which takes none, got {eta}"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
+                f"got {sorted(unknown)}"
+            )
+
+        # Text, or embeddings in its place. To these the default negative prompt, the empty text, is no
+        # contradiction.
+        features = self.transformer.config.caption_channels
+        prompts = check_text("prompt", prompt, prompt_embeds, prompt_attention_mask, features)
+        negative = negative_prompt or ("" if negative_prompt_embeds is None else None)
+        negatives = check_text(
+            "negative_prompt", negative, negative_prompt_embeds, negative_prompt_attention_mask, features
+        )
+        if negatives != prompts and not isinstance(negative, str):
+            raise ValueError(
+                f"negative_prompt must be one text or {prompts}, one for each prompt, got {negatives}"
+            )
+        length, negative_length = (
+            max_sequence_length if embeds is None else embeds.shape[1]
+            for embeds in (prompt_embeds, negative_prompt_embeds)
+        )
+        if self.do_classifier_free_guidance and length != negative_length:
+            raise ValueError(
+                f"prompt and negative_prompt must have one length, got {length} and {negative_length}; "
+                "that of text is max_sequence_length"
+            )
+
+        batch = prompts * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(
+                f"generator must be one or a list of {batch}, one for each picture, got {len(generator)}"
+            )
+        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
+        if latents is not None:
+            shape = (batch, self.transformer.config.in_channels, *latent_size)
+            if latents.shape != shape or not latents.is_floating_point() or not latents.isfinite().all():
+                raise ValueError(
+                    f"latents must be finite floating point numbers of shape {shape}, "
+                    f"got {latents.dtype} of shape {tuple(latents.shape)}"
+                )
+        if images:
+            check_images(images, prompts, latent_size)
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f"output_type must be 'latent' without a vae, got {output_type!r}")
+        if self.vae is None and images and is_picture(images[0]):
+            raise ValueError("image must be latents without a vae, got pictures")
+        return batch
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = "",
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int = 120,
+    ) -> tuple[Tensor | None, ...]:
+        """Turn text into what the transformer reads. The arguments are those of `__call__`.
+
+        Returns:
+            prompt_embeds (B, T, caption_channels), prompt_attention_mask (B, T), negative_prompt_embeds and
+            negative_prompt_attention_mask, which `__call__` takes under these names; the last two are None
+            without guidance. The pictures of one prompt stand side by side in B.
+        """
+        device = self._execution_device if device is None else device
+        texts: list[str] = []
+        negatives: list[str] = []
+        if prompt_embeds is None:
+            texts = prompt if isinstance(prompt, list) else [prompt or ""]
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            count = len(texts) if prompt_embeds is None else len(prompt_embeds)
+            negatives = (
+                negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+            )
+
+        if texts or negatives:  # the text encoder runs once for both
+            embeds, mask = self._encode_texts(texts + negatives, device, max_sequence_length)
+        if texts:
+            prompt_embeds, prompt_attention_mask = embeds[: len(texts)], mask[: len(texts)]
+        if negatives:
+            negative_prompt_embeds, negative_prompt_attention_mask = embeds[len(texts) :], mask[len(texts) :]
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_attention_mask = None
+        tensors = prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+        return tuple(
+            None if x is None else x.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+            for x in tensors
+        )
+
+    def encode_image(
+        self,
+        images: list[Tensor],
+        batch_size: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Latents of `read_images`' pictures, (batch_size, C, H, W): each picture goes through the VAE once,
+        and every latent is a sample of its own. Latents are taken as they are."""
+        repeats = batch_size // len(images)
+        if not is_picture(images[0]):
+            return torch.stack(images).to(device).repeat_interleave(repeats, dim=0)
+        pixels = self.image_processor.normalize(resize_images(images, height, width))
+        with float32_where_asked(self.vae):
+            moments = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.parameters
+        require_finite(moments, "the VAE's encoder", VAE_REMEDY)
+        posterior = DiagonalGaussianDistribution(moments.float().repeat_interleave(repeats, dim=0))
+        shift = self.vae.config.get("shift_factor") or 0.0
+        return (posterior.sample(generator) - shift) * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pictures of latents (B, C, H, W): (B, 3, height, width), float32, black -1 and white 1."""
+        shift = self.vae.config.get("shift_factor") or 0.0
+        latents = latents / self.vae.config.scaling_factor + shift
+        with float32_where_asked(self.vae):
+            pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        require_finite(pixels, "the VAE's decoder", VAE_REMEDY)
+        return pixels
+
+    def get_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
+        """The times and the number of the last int(num_inference_steps * strength) steps, where the scheduler
+        is set to begin."""
+        steps = int(num_inference_steps * strength)
+        begin = (num_inference_steps - steps) * getattr(self.scheduler, "order", 1)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        return self.scheduler.timesteps[begin:], steps
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        timesteps: Tensor,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        image_latents: Tensor | None = None,
+    ) -> Tensor:
+        """Latents to denoise, (batch_size, C, H, W): noise alone, or `image_latents` with the noise of the
+        first time to visit. The noise is drawn in float32, so that a seed means the same at every
+        precision."""
+        factor = self.vae_scale_factor
+        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
+        if latents is None:
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        else:
+            noise = latents.to(device, torch.float32)
+        if image_latents is None:
+            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if len(timesteps) == 0:
+            return image_latents
+        first = timesteps[:1].expand(batch_size)
+        if hasattr(self.scheduler, "scale_noise"):  # flow matching
+            return self.scheduler.scale_noise(image_latents, first, noise)
+        return self.scheduler.add_noise(image_latents, noise, first)
+
+    @property
+    def _size_multiple(self) -> int:
+        """Pixels to a token, along a side."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def _default_size(self, images: list[Tensor]) -> tuple[int, int]:
+        """Height and width in pixels: the images', rounded down, or what the transformer was made for."""
+        if not images:
+            return (self.transformer.config.sample_size * self.vae_scale_factor,) * 2
+        pixels = 1 if is_picture(images[0]) else self.vae_scale_factor
+        height, width = image_size(images, self._size_multiple // pixels)
+        return height * pixels, width * pixels
+
+    def _encode_texts(self, texts: list[str], device: torch.device, length: int) -> tuple[Tensor, Tensor]:
+        """Embeddings (len(texts), length, caption_channels) and their mask; equal texts are read once."""
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(
+                "without tokenizer and text_encoder, prompt_embeds must be given and, with guidance, "
+                "negative_prompt_embeds too"
+            )
+        texts = [text.lower().strip() for text in texts]
+        unique = list(dict.fromkeys(texts))
+        for text in unique:
+            if lost := lost_words(self.tokenizer, text, length):
+                encoder = type(self.text_encoder).__name__
+                logger.warning("%s is given %d tokens, and the text is cut before: %s", encoder, length, lost)
+        tokens = self.tokenizer(
+            unique, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        mask = tokens.attention_mask.to(device)
+        embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        require_finite(
+            embeds,
+            "the text encoder",
+            "run it in bfloat16 or float32, or load it with from_pretrained(..., dtype=torch.float16), which "
+            "keeps T5's wo layers in float32, where .to(torch.float16) does not",
+        )
+        rows = [unique.index(text) for text in texts]
+        return embeds[rows], mask[rows]
+
+    def _conditions(
+        self, text: dict[str, Any], height: int, width: int, device: torch.device
+    ) -> dict[str, Any]:
+        """Arguments of the transformer that stay from step to step: text, negative half first, and sizes."""
+        halves = ("negative_prompt", "prompt") if self.do_classifier_free_guidance else ("prompt",)
+        embeds = torch.cat([text[f"{half}_embeds"] for half in halves])  # (B or 2B, T, caption_channels)
+        mask = torch.cat([text[f"{half}_attention_mask"] for half in halves])
+        context = self.transformer.encode_text(
+            embeds.to(self.transformer.dtype), mask, attention_kwargs=self.attention_kwargs
+        )
+        sizes = None
+        if self.transformer.config.use_additional_conditions:
+            sizes = {
+                "resolution": torch.tensor(
+                    [(height, width)] * len(embeds), dtype=torch.float32, device=device
+                ),
+                # Width by height, as published. PixArt's is height by width.
+                "aspect_ratio": torch.tensor(
+                    [width / height] * len(embeds), dtype=torch.float32, device=device
+                ),
+            }
+        return {"encoder_hidden_states": context, "added_cond_kwargs": sizes}
+
+    def _changed_text(
+        self, text: dict[str, Any], changed: dict[str, Any], was_guided: bool
+    ) -> dict[str, Any]:
+        """The tensors of the text after a callback changed them, or the guidance."""
+        guided = self.do_classifier_free_guidance
+        if guided and not was_guided:
+            raise ValueError(
+                "guidance_scale must be above 1 from the start if a callback is to raise it: a call without "
+                "guidance reads no negative prompt"
+            )
+        new = text | {name: changed[name] for name in TEXT_TENSORS if name in changed}
+        # Callbacks that end the guidance, diffusers' own among them, expect the negative half before the
+        # positive one and keep the last rows. Here all rows are positive, and all are kept.
+        if was_guided and not guided and len(new["prompt_embeds"]) < len(text["prompt_embeds"]):
+            new |= {name: text[name] for name in ("prompt_embeds", "prompt_attention_mask")}
+        return new
