@@ -132,10 +132,10 @@ def shift_windows(
 
     def axis(length: int) -> tuple[int, Tensor, Tensor]:
         padded = -(-length // window) * window
-        line = (
-            torch.arange(padded, device=device) + shift
-        ) % padded  # image line at each line of the shifted map
-        slot = (torch.arange(length, device=device) - shift) % padded  # and back
+        # The image's line at each line of the shifted map, and back. No operand is ever negative: inductor's
+        # bounds for the remainder assume it.
+        line = (torch.arange(padded, device=device) + shift) % padded
+        slot = (torch.arange(length, device=device) + (padded - shift)) % padded
         return padded // window, line.unflatten(0, (-1, window)), slot
 
     down, rows, row_slot = axis(height)  # rows: (down, window)
@@ -218,8 +218,10 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return pairs.flatten(-2).to(x.dtype)
 
 
-def relative_bias(table: Tensor, window: int) -> Tensor:
+def relative_bias(table: Tensor | None, window: int) -> Any:
     """Spread a relative-position table, ((2w-1)², A), over pairs of slots: (A, S, S) (Swin, eq. 4)."""
+    if table is None:
+        return None
     line = torch.arange(window, device=table.device)
     offset = line[:, None] - line[None, :] + window - 1  # (w, w), query minus key, from 0
     index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]  # (w, w, w, w)
@@ -235,17 +237,16 @@ class LocalDiTAttnProcessor:
     def __call__(self, attn: "LocalDiTAttention", hidden_states: Tensor, windows: Windows) -> Tensor:
         x = hidden_states.index_select(1, windows.slot_token)  # (B, M, D)
         q, k, v = attn.project(x, windows.rotary)  # (B, M, A, d)
-        tables: list[Any] = [attn.relative_position_bias]
+        biases = [relative_bias(attn.relative_position_bias, attn.window_size)]
         if attn.global_context is not None:
             # The two attentions run as one of twice the heads.
-            global_qkv = attn.global_context(q, k, windows)
+            *global_qkv, global_bias = attn.global_context(q, k, windows)
             q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), global_qkv))
-            tables.append(attn.global_context.relative_position_bias)
+            biases.append(global_bias)
 
         mask = windows.attend  # (G, 1, S, S)
-        if tables[0] is not None:
-            bias = relative_bias(torch.cat(tables, dim=1), attn.window_size)  # (A, S, S)
-            mask = torch.where(mask, bias.to(q.dtype), -torch.inf)  # (G, A, S, S)
+        if biases[0] is not None:
+            mask = torch.where(mask, torch.cat(biases).to(q.dtype), -torch.inf)  # (G, A, S, S)
         if len(x) > 1:
             mask = mask.repeat(len(x), 1, 1, 1)  # (B*G, A, S, S)
         q, k, v = (
@@ -341,9 +342,9 @@ class LocalDiTFullAttention(_Attention):
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
 
-    def forward(self, hidden_states: Tensor, geometry: Geometry, shift: int) -> Tensor:
-        """hidden_states: (B, N, D). Returns (B, N, D)."""
-        return self.processor(self, hidden_states, geometry.rotary)
+    def forward(self, hidden_states: Tensor, windows: Windows, rotary: Tensor | None) -> Tensor:
+        """hidden_states: (B, N, D); rotary: the table in raster order. Returns (B, N, D)."""
+        return self.processor(self, hidden_states, rotary)
 
 
 class LocalDiTAttention(LocalDiTFullAttention):
@@ -372,9 +373,9 @@ class LocalDiTAttention(LocalDiTFullAttention):
             GlobalContext(dim, table if relative_position_bias else None) if global_context else None
         )
 
-    def forward(self, hidden_states: Tensor, geometry: Geometry, shift: int) -> Tensor:
-        """hidden_states: (B, N, D). Returns (B, N, D)."""
-        return self.processor(self, hidden_states, geometry.windows[shift])
+    def forward(self, hidden_states: Tensor, windows: Windows, rotary: Tensor | None) -> Tensor:
+        """hidden_states: (B, N, D); rotary: the table in raster order. Returns (B, N, D)."""
+        return self.processor(self, hidden_states, windows)
 
 
 class LocalDiTCrossAttention(_Attention):
@@ -440,8 +441,8 @@ class GlobalContext(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim)
         self.relative_position_bias = None if bias_table is None else nn.Parameter(torch.zeros(bias_table))
 
-    def forward(self, q: Tensor, k: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k: (B, M, A, d). Returns queries, keys and values, (B, M, A, d) each."""
+    def forward(self, q: Tensor, k: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k: (B, M, A, d). Returns queries, keys, values, (B, M, A, d) each, and the bias, (A, S, S)."""
         (down, across), heads = windows.grid, q.shape[2]
         side = round((q.shape[1] // (down * across)) ** 0.5)
         blocks, lines = (down, across, side, side), (down, side, across, side)
@@ -458,7 +459,9 @@ class GlobalContext(nn.Module):
         x = x.permute(0, 2, 3, 1)  # (B, h, w, D)
         x = x.unflatten(2, lines[2:]).unflatten(1, lines[:2]).transpose(2, 3).flatten(1, 4)  # (B, M, D)
         key, value = self.to_kv(k.flatten(2)).chunk(2, dim=-1)
-        return heads_of(x, heads), heads_of(key, heads), heads_of(value, heads)
+        # The spread bias, not the table: offloading takes a module's own tensors away when its forward ends.
+        bias = relative_bias(self.relative_position_bias, side)
+        return heads_of(x, heads), heads_of(key, heads), heads_of(value, heads), bias
 
 
 # --- Block --------------------------------------------------------------------------------------------------
@@ -507,7 +510,8 @@ class LocalDiTBlock(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | KeysValues,
         conditioning: Tensor,
-        geometry: Geometry,
+        windows: Windows,
+        rotary: Tensor | None,
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """One block.
@@ -516,7 +520,8 @@ class LocalDiTBlock(nn.Module):
             hidden_states: Tokens in raster order, (B, N, D).
             encoder_hidden_states: The projected caption, (B, T, D), or this block's keys and values of it.
             conditioning: What adaLN-single made of the timestep and sizes, (B, 6 D).
-            geometry: The tables of the token grid.
+            windows: How this block's shift lays the token grid out.
+            rotary: The rotary table in raster order, for a block of full attention.
             encoder_attention_mask: (B, 1, 1, T) bool, True = attend; None attends to all.
 
         Returns:
@@ -527,7 +532,7 @@ class LocalDiTBlock(nn.Module):
         attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = six.unbind(1)
 
         y = modulate(self.norm1(x), attn_shift, attn_scale)
-        attended = self.attn1(y, geometry, self.shift)
+        attended = self.attn1(y, windows, rotary)
         # The published attention adds its own input: weights depend on it.
         x = torch.addcmul(x, attn_gate, attended + y if self.attention_residual else attended)
 
@@ -691,6 +696,7 @@ class LocalDiTTransformer2DModel(
             encoder_attention_mask: (B, T), 1 or True = keep, 0 or False = padding; None keeps all.
             attention_kwargs: As for `forward`; a LoRA's `scale` applies here too.
         """
+        self._check_text(encoder_hidden_states, encoder_attention_mask)
         context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
         attentions = [block.attn2 for block in cast("list[LocalDiTBlock]", self.transformer_blocks)]
         # An offloaded block fetches its weights in its own forward alone.
@@ -739,8 +745,10 @@ class LocalDiTTransformer2DModel(
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
         grid = height // patch, width // patch
-        # A compiler sees the arithmetic itself and keeps the sizes dynamic; eager code keeps the tables.
-        get_geometry: Any = build_geometry if torch.compiler.is_compiling() else cached_geometry
+        # A compiler sees the arithmetic itself and keeps the sizes dynamic; eager code keeps the tables. What
+        # comes of a fake tensor is fake as well, and not kept.
+        traced = torch.compiler.is_compiling() or type(hidden_states) is not Tensor
+        get_geometry: Any = build_geometry if traced else cached_geometry
         geometry = get_geometry(*grid, *self._geometry_key, hidden_states.dtype, hidden_states.device)
 
         # 1. Tokens.
@@ -749,7 +757,7 @@ class LocalDiTTransformer2DModel(
 
         # 2. Conditions.
         timestep = torch.as_tensor(timestep, device=x.device).expand(batch)
-        if added_cond_kwargs is None:
+        if not added_cond_kwargs or not self.config.use_additional_conditions:
             sizes = geometry.resolution.expand(batch, 2), geometry.aspect_ratio.expand(batch)
         else:
             sizes = added_cond_kwargs["resolution"], added_cond_kwargs["aspect_ratio"]
@@ -767,13 +775,15 @@ class LocalDiTTransformer2DModel(
             context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
 
         # 4. Blocks.
-        for index, block in enumerate(self.transformer_blocks):
+        for index, block in enumerate(cast("list[LocalDiTBlock]", self.transformer_blocks)):
             text = context.text if context.keys_values is None else context.keys_values[index]
             run = partial(block, **attention_kwargs) if attention_kwargs else block
+            # The shift is chosen here, so that all blocks are one graph to a compiler.
+            fixed = (text, conditioning, geometry.windows[block.shift], geometry.rotary, context.mask)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(run, x, text, conditioning, geometry, context.mask)
+                x = self._gradient_checkpointing_func(run, x, *fixed)
             else:
-                x = run(x, text, conditioning, geometry, context.mask)
+                x = run(x, *fixed)
 
         # 5. Output.
         shift, scale = (self.scale_shift_table[:, None] + embedded_timestep[:, None, None]).unbind(
@@ -785,7 +795,6 @@ class LocalDiTTransformer2DModel(
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _project_caption(self, text: Tensor, mask: Tensor | None) -> TextContext:
-        self._check_text(text, mask)
         mask = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
         return TextContext(self.caption_projection(text), mask, keys_values=None)
 
@@ -808,6 +817,10 @@ class LocalDiTTransformer2DModel(
             raise ValueError(
                 "the width num_attention_heads * attention_head_dim must be a multiple of 3 with "
                 f"use_additional_conditions, got {width}; change it or set use_additional_conditions=False"
+            )
+        if config.interpolation_scale is not None and not config.interpolation_scale > 0:
+            raise ValueError(
+                f"interpolation_scale must be positive or None, got {config.interpolation_scale}"
             )
         for index in config.full_attention_layers:
             if index not in range(config.num_layers):
@@ -849,6 +862,7 @@ class LocalDiTTransformer2DModel(
                     "given to encode_text"
                 )
         else:
+            self._check_text(text, text_mask)
             if len(text) != batch:
                 raise ValueError(
                     f"encoder_hidden_states has batch {len(text)}, hidden_states has batch {batch}; "
@@ -866,8 +880,8 @@ class LocalDiTTransformer2DModel(
                         f"added_cond_kwargs must hold {name}, {expected}; pass None to derive both "
                         "from hidden_states"
                     )
-                if added_cond_kwargs[name].numel() != (2 * batch if name == "resolution" else batch):
-                    got = tuple(added_cond_kwargs[name].shape)
+                got = tuple(added_cond_kwargs[name].shape)
+                if got != expected and not (name == "aspect_ratio" and got == (batch, 1)):
                     raise ValueError(f"added_cond_kwargs' {name} must be {expected}, got {got}")
         elif given:
             raise ValueError(

@@ -25,6 +25,7 @@ def register_with_diffusers() -> None:
     more.
     """
     diffusers.LocalDiTPipeline = LocalDiTPipeline
+    diffusers.LocalDiTTransformer2DModel = LocalDiTTransformer2DModel  # for AutoModel
 
     # The mappings' module imports most of diffusers' pipelines, whose warnings are nobody's business here.
     verbosity = transformers.logging.get_verbosity()

@@ -96,7 +96,7 @@ def test_auto_model_finds_the_class(tmp_path):
 
     model, inputs = toy_model(), toy_inputs()
     model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(str(tmp_path))
     assert type(loaded) is LocalDiTTransformer2DModel
     assert torch.equal(run(loaded, inputs), run(model, inputs))
 

@@ -194,12 +194,12 @@ def test_folding_is_the_mean_over_random_branches(tmp_path):
     geometry = build_geometry(6, 7, 4, 24, 12, True, 8, 1.0, 2, torch.float32, torch.device("cpu"))
     x = torch.randn(2, 42, 24)
     with torch.no_grad():
-        first = drawn(x, geometry, 1)
+        first = drawn(x, geometry.windows[1], geometry.rotary)
         drawn.global_context.to_kv.weight[24:] *= -1
         drawn.global_context.to_kv.bias[24:] *= -1
-        second = drawn(x, geometry, 1)
+        second = drawn(x, geometry.windows[1], geometry.rotary)
         assert relative_error(second, first) > 1e-2
-        assert relative_error((first + second) / 2, folded(x, geometry, 1)) < 1e-6
+        assert relative_error((first + second) / 2, folded(x, geometry.windows[1], geometry.rotary)) < 1e-6
 
 
 @pytest.mark.parametrize("choice", ["fold", "none"])
