@@ -38,9 +38,9 @@ def main() -> None:
 
     as_trained = draw()
 
-    # 1. Ask for the size. Shapes and edges are drawn within windows and come out as they should; what has to
-    # agree across the picture, such as how many objects there are and where, was learned at one size, and may
-    # not. Expect objects twice, merged or misplaced, the more so the further from the trained size.
+    # 1. Ask for the size. The position embedding is stretched over the picture, so a layout learned at the
+    # trained size fills it: shapes grow with the picture, and wide in a wide one. Colours and places mostly
+    # hold. Outlines and proportions were learned at one size, and hold less the further from it you go.
     direct = draw(**size)
 
     # 2. Draw at the trained size, where the layout is right, stretch that, and let the last steps draw its

@@ -52,8 +52,8 @@ def main() -> None:
         ],
     )
 
-    # Scenes are drawn and encoded once, then the noise in them is learned. The weights that are kept are a
-    # running average of all steps; what comes back is the folder of a whole pipeline.
+    # Scenes are drawn and encoded once, then the transformer learns to take noise out of them. The weights
+    # that are kept are a running average over the steps; what comes back is the folder of a whole pipeline.
     finished = train(config)
 
     pipe = LocalDiTPipeline.from_pretrained(finished, dtype=torch.float32)
