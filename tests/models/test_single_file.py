@@ -418,7 +418,7 @@ def test_the_written_file_is_in_the_published_layout_without_stale_copies(tmp_pa
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert "somebody" not in metadata["config"]
+    assert "somewhere" not in metadata["config"]
     assert json.loads(metadata["config"])["_class_name"] == "LocalDiTTransformer2DModel"
 
 
