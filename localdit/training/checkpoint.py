@@ -32,11 +32,10 @@ def save_checkpoint(
     staged.mkdir(parents=True)
 
     names = [name for name, _ in model.named_parameters()]
-    optimizer_state = optimizer.state_dict()["state"]
     moments = {
         f"{key}.{name}": value
-        for name, state in zip(names, (optimizer_state[i] for i in range(len(names))))
-        for key, value in state.items()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
     }
     save_model(model, str(staged / "model.safetensors"))
     save_file({n: p.contiguous() for n, p in zip(names, ema.shadow_params)}, staged / "ema.safetensors")
@@ -64,12 +63,14 @@ def load_checkpoint(
     for name, parameter in zip(names, ema.shadow_params, strict=True):
         parameter.data.copy_(averaged[name])
 
-    moments: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(names))}
+    parameters = dict(model.named_parameters())
     with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
         for full_name in file.keys():  # noqa: SIM118 (not a dict)
             key, _, name = full_name.partition(".")
-            moments[names.index(name)][key] = file.get_tensor(full_name)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+            value = file.get_tensor(full_name)  # a count of steps, a scalar, stays on the CPU
+            optimizer.state[parameters[name]][key] = (
+                value.to(parameters[name].device) if value.ndim else value
+            )
 
     state = json.loads((checkpoint / "state.json").read_text())
     ema.optimization_step = state["ema_step"]

@@ -16,6 +16,7 @@ class TrainConfig:
 
     max_steps: int  # optimizer steps
     batch_size: int  # samples a step and process
+    optimizer: Literal["adamw", "muon"] = "adamw"  # see `localdit.training.optimizers`
     learning_rate: float = 1e-4  # after warm-up
     warmup_steps: int = 1000  # linear, from 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, down to 0 at max_steps
@@ -49,6 +50,9 @@ class Config:
     model: dict[str, Any]
     objective: dict[str, Any]
     train: TrainConfig = field(metadata={"nested": TrainConfig})
+    init_from: str | None = (
+        None  # folder of a model, or of a pipeline with one, whose weights a fresh run takes
+    )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -83,23 +87,25 @@ def build(kind: Any, values: dict[str, Any], where: str) -> Any:
     filled = {}
     for name, f in fields.items():
         if name in values:
-            value, nested = values[name], f.metadata.get("nested")
+            value, nested, signed = values[name], f.metadata.get("nested"), f.metadata.get("signed", False)
             filled[name] = (
-                build(nested, value, f"{where}{name}.") if nested else _cast(value, f.type, where + name)
+                build(nested, value, f"{where}{name}.")
+                if nested
+                else _cast(value, f.type, where + name, signed)
             )
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"missing key {where}{name}")
     return kind(**filled)
 
 
-def _cast(value: Any, kind: Any, name: str) -> Any:
+def _cast(value: Any, kind: Any, name: str, signed: bool = False) -> Any:
     """`value` as `kind`, with no conversion that could hide a mistake."""
     origin = get_origin(kind)
     if origin is types.UnionType:
         if value is None:
             return None
         (kind,) = (k for k in get_args(kind) if k is not type(None))
-        return _cast(value, kind, name)
+        return _cast(value, kind, name, signed)
     if origin is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
@@ -109,7 +115,7 @@ def _cast(value: Any, kind: Any, name: str) -> Any:
         kinds = kinds[:1] * len(value) if len(kinds) == 2 and kinds[1] is Ellipsis else kinds
         if not isinstance(value, list | tuple) or len(value) != len(kinds):
             raise ValueError(f"{name} must be a list of {len(kinds)}, got {value!r}")
-        return tuple(_cast(v, k, f"{name}[{i}]") for i, (v, k) in enumerate(zip(value, kinds)))
+        return tuple(_cast(v, k, f"{name}[{i}]", signed) for i, (v, k) in enumerate(zip(value, kinds)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     expected = origin or kind
@@ -117,7 +123,7 @@ def _cast(value: Any, kind: Any, name: str) -> Any:
         raise ValueError(f"{name} must be {expected.__name__}, got {value!r}")
     if expected is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    if expected in (int, float) and value < 0:
+    if expected in (int, float) and value < 0 and not signed:
         raise ValueError(f"{name} must not be negative, got {value!r}")
     return value
 

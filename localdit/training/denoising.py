@@ -10,15 +10,16 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors import safe_open
@@ -31,6 +32,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from localdit.data.scenes import captions, render, scene
 from localdit.pipelines.local_dit import LocalDiTPipeline
 from localdit.training.autoencoder import to_tensor
+from localdit.training.layout import LayoutHead, layout_of
 from localdit.training.text_encoder import as_users_write
 
 # B batch   C latent channels   h w latent   T text tokens   K channels of the text features
@@ -61,6 +63,13 @@ class Denoising:
     picture_size: int = 128  # pixels
     max_sequence_length: int = 120  # tokens that a caption may have
     caption_dropout: float = 0.1  # share of captions replaced by the empty one
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = field(
+        default=0.0, metadata={"signed": True}
+    )  # of logit_normal: below 0 for less noise
+    logit_std: float = 1.0  # of logit_normal
+    layout_weight: float = 0.0  # of the side task in `localdit.training.layout`
+    layout_block: int = 3  # the block that the side task reads
     preview_prompts: tuple[str, ...] = ("a red circle left of a blue square", "a green star")
     preview_guidance_scale: float = 4.0
 
@@ -84,12 +93,32 @@ class Denoising:
             staged = path.with_suffix(f".tmp-{os.getpid()}")
             save_file(self._encode(), staged, metadata={"identity": identity})
             staged.replace(path)
-        data = EncodedScenes(load_file(path))
+        layouts = None
+        if self.layout_weight:
+            blocks = model.transformer_blocks
+            if self.layout_block >= len(blocks):
+                raise ValueError(
+                    f"objective.layout_block must be below {len(blocks)}, got {self.layout_block}"
+                )
+            dim = model.config.num_attention_heads * model.config.attention_head_dim
+            model.layout_head = self.layout_head = LayoutHead(dim, blocks[self.layout_block])
+            grid = model.config.sample_size // model.config.patch_size
+            drawn = (layout_of(scene(i, seed=self.seed), grid) for i in range(self.scenes))
+            layouts = [torch.stack(part) for part in zip(*drawn)]
+        data = EncodedScenes(load_file(path), layouts)
         self.empty_text = data.empty_text.to(device)
         return data
 
-    def loss(self, model: nn.Module, moments: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Mean squared error at uniform timesteps.
+    def loss(
+        self,
+        model: nn.Module,
+        moments: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        labels: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Mean squared error at random timesteps, plus the side task's.
 
         The target is the noise (Ho et al. 2020, eq. 14), or the velocity (Salimans & Ho 2022, appendix D)
         where the scheduler's `prediction_type` is "v_prediction".
@@ -99,6 +128,7 @@ class Denoising:
             moments: Mean and log-variance of the autoencoder's posterior, (B, 2C, h, w).
             text: Text features, (B, T, K).
             text_mask: (B, T), True = keep.
+            labels, places: What `layout_of` gives, batched, where there is a side task.
 
         Returns a scalar, float32.
         """
@@ -110,13 +140,20 @@ class Denoising:
 
         noise = torch.randn_like(latents)
         steps = self.noise_schedule.config.num_train_timesteps
-        timestep = torch.randint(steps, (len(latents),), device=latents.device)
+        density = compute_density_for_timestep_sampling(  # uniform, unless a weighting is named
+            self.timestep_sampling, len(latents), self.logit_mean, self.logit_std, device=latents.device
+        )
+        timestep = (density * steps).long().clamp(max=steps - 1)  # (B,)
         noisy = self.noise_schedule.add_noise(latents, noise, timestep)
         predicted = model(noisy, text, timestep, text_mask, return_dict=False)[0]
         target = noise
         if self.noise_schedule.config.prediction_type == "v_prediction":
             target = self.noise_schedule.get_velocity(latents, noise, timestep)
-        return F.mse_loss(predicted.float(), target.float())
+        loss = F.mse_loss(predicted.float(), target.float())
+        if labels is None:
+            return loss
+        assert places is not None
+        return loss + self.layout_weight * self.layout_head.loss(labels, places)
 
     def assemble(self, model: nn.Module) -> LocalDiTPipeline:
         """The pipeline around a transformer."""
@@ -138,7 +175,12 @@ class Denoising:
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the finished pipeline."""
-        self.assemble(model).save_pretrained(folder)
+        head = model.__dict__["_modules"].pop("layout_head", None)
+        try:
+            self.assemble(model).save_pretrained(folder)
+        finally:
+            if head is not None:
+                model.layout_head = head
 
     def _identity(self) -> str:
         """What the training set depends on: the encoders' weights and the choice of scenes and wordings."""
@@ -193,7 +235,7 @@ class Denoising:
 class EncodedScenes(Dataset[dict[str, Tensor]]):
     """Latents and text features of captioned scenes: every wording of every scene is an item."""
 
-    def __init__(self, tensors: dict[str, Tensor]):
+    def __init__(self, tensors: dict[str, Tensor], layouts: list[Tensor] | None = None):
         self.moments, self.text, self.empty_text = (
             tensors["moments"],
             tensors["text"],
@@ -202,6 +244,7 @@ class EncodedScenes(Dataset[dict[str, Tensor]]):
         self.ends = tensors["lengths"].cumsum(0)
         self.lengths = tensors["lengths"]
         self.length = int(self.lengths.max())
+        self.layouts = layouts
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -211,8 +254,15 @@ class EncodedScenes(Dataset[dict[str, Tensor]]):
         end, length = int(self.ends[index]), int(self.lengths[index])
         text = self.text.new_zeros(self.length, self.text.shape[1], dtype=torch.float32)
         text[:length] = self.text[end - length : end]
-        moments = self.moments[index * len(self.moments) // len(self)].float()
-        return {"moments": moments, "text": text, "text_mask": torch.arange(self.length) < length}
+        picture = index * len(self.moments) // len(self)
+        item = {
+            "moments": self.moments[picture].float(),
+            "text": text,
+            "text_mask": torch.arange(self.length) < length,
+        }
+        if self.layouts is not None:
+            item["labels"], item["places"] = (part[picture] for part in self.layouts)
+        return item
 
 
 def scale_latents(latents: Tensor, vae: AutoencoderKL) -> Tensor:
