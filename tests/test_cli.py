@@ -196,8 +196,8 @@ def test_default_names_are_new(generate, folder):
     [("крас­ный КРУГ", "крас-ный-круг"), ("", "picture"), ("???", "picture"), ("ab " * 99, "ab")],
 )
 def test_any_prompt_makes_a_file_name(prompt, name):
-    assert cli.slug(prompt).startswith(name)
-    assert len(cli.slug(prompt)) <= 40
+    assert cli.generate.slug(prompt).startswith(name)
+    assert len(cli.generate.slug(prompt)) <= 40
 
 
 def test_a_pattern_names_the_files(generate, folder):
@@ -276,7 +276,7 @@ def test_ctrl_c_leaves_whole_pictures_alone_behind(generate, folder, monkeypatch
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(args, message, folder, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(cli.generate, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
     try:
         code = cli.main(["generate", *args])
     except SystemExit as exit_:  # as argparse leaves
@@ -298,7 +298,7 @@ def test_an_error_of_a_library_is_named(monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(cli, "load_pipeline", fail)
+    monkeypatch.setattr(cli.generate, "load_pipeline", fail)
     assert cli.main(["generate", "a star", "--quiet"]) == 2
     assert capsys.readouterr().err == "localdit: error: RuntimeError: out of memory\n"
 

@@ -73,7 +73,7 @@ class Denoising:
     preview_prompts: tuple[str, ...] = ("a red circle left of a blue square", "a green star")
     preview_guidance_scale: float = 4.0
 
-    def prepare(self, model: nn.Module, folder: Path, device: torch.device) -> "EncodedScenes":
+    def prepare(self, model: Any, folder: Path, device: torch.device) -> "EncodedScenes":
         """Load the frozen parts; make the training set in `folder` unless one made from the same is there."""
         self.pipeline = LocalDiTPipeline(
             tokenizer=AutoTokenizer.from_pretrained(self.tokenizer),
@@ -155,7 +155,7 @@ class Denoising:
         assert places is not None
         return loss + self.layout_weight * self.layout_head.loss(labels, places)
 
-    def assemble(self, model: nn.Module) -> LocalDiTPipeline:
+    def assemble(self, model: Any) -> LocalDiTPipeline:
         """The pipeline around a transformer."""
         return LocalDiTPipeline(**{**self.pipeline.components, "transformer": model})
 
@@ -173,7 +173,7 @@ class Denoising:
         )
         return make_image_grid(images, rows=rows, cols=4)
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, model: Any, folder: Path) -> None:
         """Write the finished pipeline."""
         head = model.__dict__["_modules"].pop("layout_head", None)
         try:

@@ -51,9 +51,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part in self.parts:
             part.state = self.state
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        """Step both parts. The closure of `torch.optim.Optimizer.step` has no use here and must be None."""
         if closure is not None:
-            raise ValueError("MuonWithAdamW takes no closure")
+            raise ValueError("closure must be None: gradients are computed before the step")
         for part in self.parts:
             part.step()
 

@@ -1,0 +1,236 @@
+"""`localdit generate`: pictures from prompts."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localdit import __version__
+from localdit.cli.common import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    Parser,
+    choose_device,
+    find_model,
+    load_pipeline,
+)
+from localdit.pictures import DTYPES, FORMATS, SCHEDULERS, Settings, read_picture, read_settings, write_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from localdit import LocalDiTPipeline
+
+
+def add(commands: Any) -> Parser:
+    parser: Parser = commands.add_parser(
+        "generate",
+        usage="%(prog)s PROMPT [PROMPT ...] [options]",
+        help="make pictures from prompts",
+        description="Make pictures from prompts, or from prompts and a picture.\n\n"
+        "Picture i has the seed SEED + i and its own generator, so it comes out the same when made alone.\n"
+        "Each PNG carries its settings, paths of files included; --from-png makes it again.",
+        epilog="examples:\n"
+        '  localdit generate "a red circle left of a blue square"\n'
+        '  localdit generate "a green star" "a pink ring" --num 3 --seed 7 --out stars/\n'
+        '  localdit generate "a green star" --image scene.png --strength 0.6\n'
+        '  localdit generate --prompt-file prompts.txt --out "{index:03d}-{slug}.png" --json\n'
+        "  localdit generate --from-png outputs/a-green-star-7.png --steps 50",
+    )
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the picture shows; one or more")
+    what.add_argument(
+        "--prompt-file", metavar="FILE", help="more prompts, one a line; empty lines do not count"
+    )
+    what.add_argument("--negative", metavar="TEXT", help="what it should not show")
+    what.add_argument(
+        "--image",
+        metavar="FILE",
+        help=f"picture to start from ({', '.join(FORMATS)}); the size defaults to its own",
+    )
+    what.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help=f"how far to leave --image: 0 keeps it, 1 ignores it (default: {Settings.strength})",
+    )
+    what.add_argument(
+        "--from-png", metavar="FILE", help="the settings of this picture; options given here go first"
+    )
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--num", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    how.add_argument(
+        "--seed", type=int, metavar="SEED", help="of the first picture (default: drawn, and said)"
+    )
+    how.add_argument(
+        "--size", type=parse_size, metavar="WxH", help="in pixels, or one number (default: the model's)"
+    )
+    how.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {Settings.steps})")
+    how.add_argument(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help=f"weight of the prompt; 1 is none (default: {Settings.guidance})",
+    )
+    how.add_argument(
+        "--scheduler",
+        choices=sorted(SCHEDULERS),
+        metavar="NAME",
+        help=f"{', '.join(sorted(SCHEDULERS))} (default: the model's)",
+    )
+    how.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
+    how.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=DTYPE_HELP)
+    how.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
+
+    where = parser.add_argument_group("where to")
+    where.add_argument(
+        "--out",
+        default="outputs",
+        metavar="OUT",
+        help="a folder, a .png, or a pattern with {slug}, {seed}, {index}, as in 'a/{slug}-{seed}.png' "
+        "(default: new files in outputs/)",
+    )
+    where.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    where.add_argument(
+        "--json", action="store_true", help="print one line of JSON for each picture instead of its path"
+    )
+    where.add_argument("--quiet", action="store_true", help="no progress bar, no notes")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw one picture after the other, and write each when it is there."""
+    start, pictures = plan_pictures(args)
+    paths = plan_paths(args.out, pictures, args.overwrite)
+
+    device, dtype = choose_device(args.device, pictures[0].dtype)
+    pictures = [dataclasses.replace(settings, dtype=dtype) for settings in pictures]
+    first = pictures[0]
+    if args.quiet:
+        logging.disable(logging.WARNING)
+    else:
+        seeds = f"seed {first.seed}" if len(pictures) == 1 else f"seeds {first.seed} to {pictures[-1].seed}"
+        print(f"{first.model} on {device} in {dtype}, {first.steps} steps, {seeds}", file=sys.stderr)
+    pipe = load_pipeline(first.model, dtype, first.scheduler).to(device)
+    made_with = {"localdit": __version__, "torch": metadata.version("torch"), "device": device.type}
+    made_with["scheduler"] = type(pipe.scheduler).__name__
+
+    for index, (settings, path) in enumerate(zip(pictures, paths)):
+        # Disabled by None, the bar is there on a terminal alone.
+        pipe.set_progress_bar_config(desc=f"{index + 1}/{len(pictures)}", disable=args.quiet or None)
+        started = time.perf_counter()
+        picture = draw(pipe, settings, start)
+        seconds = round(time.perf_counter() - started, 3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(picture, path, settings, made_with)
+        line = {"file": str(path), "seconds": seconds, **dataclasses.asdict(settings), "made_with": made_with}
+        print(json.dumps(line) if args.json else path, flush=True)
+
+
+def plan_pictures(args: argparse.Namespace) -> tuple["Image | None", list[Settings]]:
+    """The picture to start from, if any, and the settings of each picture to draw.
+
+    What the command line says goes before what `--from-png` says, and that before the defaults.
+    """
+    settings = dict(vars(read_settings(args.from_png))) if args.from_png else {}
+    for field in dataclasses.fields(Settings):
+        if (value := getattr(args, field.name, None)) is not None:
+            settings[field.name] = value
+
+    prompts = list(args.prompts)
+    if args.prompt_file:
+        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    prompts = prompts or ([settings["prompt"]] if args.from_png else [])
+    if not prompts:
+        raise ValueError("there is no prompt: give one, or --prompt-file, or --from-png")
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, got {args.num}")
+
+    start = None
+    if settings.get("image") is not None:
+        start, digest = read_picture(settings["image"])
+        if args.image is None and digest != settings["image_sha256"]:
+            raise ValueError(f"{settings['image']} is not what {args.from_png} was made from: give --image")
+        settings |= {"image": os.path.abspath(settings["image"]), "image_sha256": digest}
+    elif args.strength is not None:
+        raise ValueError("--strength says how far to leave --image, which is not given")
+    settings["model"] = find_model(settings.get("model", Settings.model))
+
+    seed = settings.pop("seed", None)
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    settings.pop("prompt", None)
+    repeated = [prompt for prompt in prompts for _ in range(args.num)]
+    pictures = [Settings(**settings, prompt=prompt, seed=seed + i) for i, prompt in enumerate(repeated)]
+    return start, pictures
+
+
+def plan_paths(out: str, pictures: list[Settings], overwrite: bool) -> list[Path]:
+    """A file for each picture: new ones in a folder, or what a file name or pattern says."""
+    target = Path(out)
+    named = target.suffix.lower() == ".png" and not target.is_dir()
+    if not named and target.suffix.lower() in (".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {out}: pictures are written as .png, which holds their settings")
+    folder, pattern = (target.parent, target.name) if named else (target, "{slug}-{seed}.png")
+
+    paths: list[Path] = []
+    for index, settings in enumerate(pictures):
+        try:
+            path = folder / pattern.format(slug=slug(settings.prompt), seed=settings.seed, index=index)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ValueError(f"--out may hold {{slug}}, {{seed}} and {{index}}, got {out}") from None
+        if named and path in paths:
+            raise ValueError(
+                f"--out {out} names one file for {len(pictures)} pictures: add {{index}} or {{seed}}"
+            )
+        if named and path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: choose another --out, or --overwrite it")
+        stem, number = path.stem, 2
+        while not named and not overwrite and path.exists():
+            path, number = path.with_name(f"{stem}-{number}.png"), number + 1
+        paths.append(path)
+    return paths
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name."""
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "picture"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of "640x480", or of "512" for a square."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT or one number, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def draw(pipe: "LocalDiTPipeline", settings: Settings, start: "Image | None") -> "Image":
+    """One picture."""
+    import torch
+
+    width, height = settings.size or (None, None)
+    pictures = pipe(
+        settings.prompt,
+        settings.negative,
+        image=start,
+        strength=settings.strength,
+        width=width,
+        height=height,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        generator=torch.Generator("cpu").manual_seed(settings.seed),
+        return_dict=False,
+    )[0]
+    return pictures[0]
