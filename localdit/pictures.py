@@ -5,10 +5,8 @@ Imports no PyTorch, so that a command can look at its files before it loads anyt
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-MAX_PIXELS = 8192 * 8192  # of a picture that is read
-FORMATS = ("JPEG", "PNG", "WEBP")
+from localdit.data.images import FORMATS as FORMATS
+from localdit.data.images import BadSample, decode_image, open_image
+
 KEY = "localdit"  # of the settings among the texts of a PNG
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULERS = {  # short names for diffusers' samplers
@@ -113,7 +112,11 @@ def read_settings(path: str) -> Settings:
     Raises:
         ValueError: when it is no PNG, or carries no settings that this version knows.
     """
-    text = _open(_read(path), path, ("PNG",)).info.get(KEY)
+    try:
+        picture = open_image(_read(path))
+    except BadSample as error:
+        raise ValueError(f"{path} {error}") from None
+    text = picture.info.get(KEY) if picture.format == "PNG" else None
     if not isinstance(text, str):
         raise ValueError(f"{path} carries no settings of localdit")
     try:
@@ -167,40 +170,20 @@ def _summary(settings: Settings, made_with: dict[str, str], size: tuple[int, int
 
 
 def read_picture(path: str) -> tuple[Image.Image, str]:
-    """A picture to start from, decoded, and the SHA-256 of its file.
+    """A picture to start from, as `decode_image` gives it, and the SHA-256 of its file.
 
     Raises:
-        ValueError: when it is no JPEG, PNG or WEBP, is damaged, or has more than `MAX_PIXELS` pixels (told by
-            its header, before memory is taken for them).
+        ValueError: when it is no JPEG, PNG or WEBP, is damaged, or too large (told by its header, before
+            memory is taken for its pixels).
     """
     data = _read(path)
-    picture = _open(data, path, FORMATS)
     try:
-        picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    return picture, hashlib.sha256(data).hexdigest()
+        return decode_image(data), hashlib.sha256(data).hexdigest()
+    except BadSample as error:
+        raise ValueError(f"{path} {error}") from None
 
 
 def _read(path: str) -> bytes:
     if not Path(path).is_file():  # a device, say, may have no end
         raise ValueError(f"{path} is no file")
     return Path(path).read_bytes()
-
-
-def _open(data: bytes, path: str, formats: tuple[str, ...]) -> Image.Image:
-    """A picture whose header is read and whose size is allowed; nothing is decoded yet."""
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns above a limit of its own; ours is lower and final.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=formats)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: {error}") from None
-    except (OSError, SyntaxError, ValueError):
-        raise ValueError(f"{path} is not a readable picture in the format {' or '.join(formats)}") from None
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(
-            f"{path} has {picture.width}x{picture.height} pixels, more than the {MAX_PIXELS:,} that are read"
-        )
-    return picture

@@ -16,7 +16,8 @@ import localdit
 PACKAGE = Path(localdit.__file__).parent
 
 # What the modules of a part may import of the package, their own part aside. `evaluation` times bare
-# transformers, so it knows the models; anybody may ask where the embedded pipeline lies.
+# transformers, so it knows the models, and reads the settings that pictures carry; anybody may ask where the
+# embedded pipeline lies.
 MAY_IMPORT = {
     "assets": set(),
     "kernels": set(),
@@ -25,10 +26,10 @@ MAY_IMPORT = {
     "models": {"kernels"},
     "pipelines": {"models", "schedulers"},
     "training": {"models", "schedulers", "data", "pipelines"},
-    "evaluation": {"models", "pipelines", "data"},
+    "evaluation": {"models", "pipelines", "data", "pictures"},
 }
 TOP = {"conversion", "inference", "cli", "demo"}  # may import anything; nobody imports them
-FREE = {"assets", "_version"}
+FREE = {"assets", "_version", "files"}
 
 
 def part_of(module: str) -> str:

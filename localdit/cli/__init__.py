@@ -8,28 +8,35 @@ import sys
 from collections.abc import Sequence
 
 from localdit import __version__
-from localdit.cli import benchmark, convert, evaluate, generate, train
+from localdit.cli import benchmark, convert, data, encode, evaluate, generate, plot, train, verify
 from localdit.cli.common import Parser
+from localdit.training.stopping import EXIT_CODE, Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Run one command.
+
+    Returns the exit code: 0; 1 where `verify` finds problems; 2 after an error; 130 after Ctrl-C; 143 where a
+    command that saves its work when it is told to stop has done so.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("localdit: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(f"localdit: {stopped}", file=sys.stderr)
+        return EXIT_CODE
     except Exception as error:
         if args.debug:
             raise
         print(f"localdit: error: {describe(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def describe(error: Exception) -> str:
@@ -49,7 +56,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"localdit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (generate, convert, train, evaluate, benchmark):
+    for module in (generate, convert, data, encode, train, plot, evaluate, verify, benchmark):
         command = module.add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -30,6 +30,7 @@ def add(commands: Any) -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Train, and print the folder of the finished model."""
     from localdit.training.config import load_config
 
     config = load_config(args.config, args.overrides)

@@ -10,6 +10,7 @@ Positions and radii are in units of the picture's side: x to the right, y downwa
 import hashlib
 import math
 import random
+import string
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,6 +41,8 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 SIZES = ("small", "large")
 RELATIONS = ("left of", "right of", "above", "below")
 
+# What a lower-cased prompt in English may hold: ASCII without blanks and capitals.
+CHARACTERS = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()]
 # Two large objects, a gap and two margins fit in a row; small and large are a factor of 1.4 apart.
 _RADII = {"small": (0.100, 0.115), "large": (0.165, 0.185)}
 _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -154,6 +157,25 @@ def captions(scene: Scene) -> list[Caption]:
             wordings.append(Caption(text, names_size, False))
             wordings.append(Caption(f"{text} on a {scene.background} background", names_size, True))
     return wordings
+
+
+def as_users_write(
+    text: str, described: Scene, names_size: list[bool], rng: random.Random
+) -> tuple[str, list[bool]]:
+    """Perhaps leave out one size, perhaps the articles; perhaps put nonsense beside or onto a word or two."""
+    if rng.random() < 0.5:
+        one = rng.randrange(len(described.objects))
+        o = described.objects[one]
+        text = text.replace(f"{o.size} {o.color} {o.shape}", f"{o.color} {o.shape}")
+        names_size = [named and i != one for i, named in enumerate(names_size)]
+    words = text.split()
+    if rng.random() < 0.5:
+        words = [word for word in words if word not in ("a", "an")]
+    for _ in range(rng.randint(0, 2)):
+        nonsense = "".join(rng.choices(rng.choice((CHARACTERS, string.ascii_lowercase)), k=rng.randint(1, 6)))
+        i = rng.randrange(len(words))
+        words[i] = rng.choice((f"{words[i]}{nonsense}", f"{words[i]} {nonsense}", f"{nonsense} {words[i]}"))
+    return " ".join(words), names_size
 
 
 def detect(image: Image.Image) -> Scene:
