@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.4, 0.6, 0.8, 1.0])
     parser.add_argument("--model", default=MINI, help="pipeline folder or hub name (default: LocalDiT-Mini)")
     parser.add_argument("--steps", type=int, default=20, help="of the whole way from noise to picture")
+    parser.add_argument("--guidance", type=float, default=3.0, help="weight of the prompt; 3 suits the mini")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/image_to_image.png"))
     args = parser.parse_args()
@@ -50,6 +51,7 @@ def main() -> None:
             image=start,
             strength=strength,
             num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
             generator=generator,
         ).images
 

@@ -39,16 +39,19 @@ def main() -> None:
             f"output_dir={args.out}",
             "model.num_layers=4",  # windows of 4 tokens: every shift, 0 to 3, once
             "model.full_attention_layers=[2]",  # in the other three blocks a token sees its window alone
-            f"objective.vae={args.model}/vae",
-            f"objective.text_encoder={args.model}/text_encoder",
-            f"objective.tokenizer={args.model}/tokenizer",
-            f"objective.scenes={args.scenes}",
+            f"objective.data.source.count={args.scenes}",
+            f"objective.data.cache={args.out}/encoded",
+            f"objective.data.vae={args.model}",  # of a pipeline's folder the part that is one
+            f"objective.data.text_encoder={args.model}",
+            f"objective.data.tokenizer={args.model}",
+            "objective.validation_samples=0",
             f"train.max_steps={args.steps}",
             "train.batch_size=16",
             f"train.warmup_steps={args.steps // 10}",
             f"train.log_every={max(args.steps // 10, 1)}",
             "train.save_every=100",
             "train.preview_every=null",
+            "train.validate_every=null",
         ],
     )
 

@@ -54,7 +54,7 @@ def test_text_to_image_draws_each_prompt(tmp_path):
 
 
 def test_image_to_image_leaves_its_start_the_further_the_stronger_it_is(tmp_path):
-    options = ("--steps", "5", "--strengths", "0.2", "1.0")
+    options = ("--steps", "10", "--strengths", "0.1", "1.0")
     _, picture = run("image_to_image.py", tmp_path, *options)
     start, near, far = np.split(picture, 3, axis=1)
     assert 1 < np.abs(near - start).mean() < np.abs(far - start).mean()
@@ -75,7 +75,7 @@ def test_a_subclass_starts_as_its_parent_and_comes_back_from_its_folder(tmp_path
 
 
 def test_training_ends_with_a_pipeline_that_draws(tmp_path):
-    options = ("--steps", "2", "--scenes", "4", "--sampling-steps", "2")
+    options = ("--steps", "2", "--scenes", "8", "--sampling-steps", "2")
     _, picture = run("train_on_a_laptop.py", tmp_path, *options)
     assert picture.shape == (128, 3 * 128, 3)
     run_folder = tmp_path / "outputs/train_on_a_laptop"

@@ -303,6 +303,15 @@ class LocalDiTCrossAttnProcessor:
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
+class QKNorm(nn.RMSNorm):
+    """RMSNorm of heads whose weight follows the dtype of what it meets: autocast leaves weights in float32,
+    for which PyTorch has no fused kernel beside 16-bit input, and says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d). Returns the same shape."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class _Attention(nn.Module, AttentionModuleMixin):
     """What every attention here learns: four projections, and RMSNorm on the heads of q and k."""
 
@@ -320,8 +329,8 @@ class _Attention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList((nn.Linear(dim, dim), nn.Dropout(dropout)))
-        self.norm_q = nn.RMSNorm(dim // heads, eps=eps)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=eps)
+        self.norm_q = QKNorm(dim // heads, eps=eps)
+        self.norm_k = QKNorm(dim // heads, eps=eps)
         self.processor = self._default_processor_cls()
 
 

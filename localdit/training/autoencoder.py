@@ -12,12 +12,15 @@ from diffusers.models import AutoencoderKL
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+from localdit.data.samples import Samples
 from localdit.data.scenes import render, scene
+from localdit.training.order import Draws
 
 
-def autoencoder_loss(model: AutoencoderKL, images: Tensor, *, kl_weight: float, edge_weight: float) -> Tensor:
+def autoencoder_loss(
+    model: AutoencoderKL, images: Tensor, noise: Tensor, *, kl_weight: float, edge_weight: float
+) -> Tensor:
     """The loss of a variational autoencoder (Kingma & Welling 2014, eq. 7), with absolute and edge errors.
 
     Every term is a mean over elements, so the weights hold at any size. The pictures are decoded from sampled
@@ -25,13 +28,15 @@ def autoencoder_loss(model: AutoencoderKL, images: Tensor, *, kl_weight: float, 
 
     Args:
         images: Pictures in [-1, 1], (B, 3, H, W).
+        noise: What latents are sampled with, standard normal, (B, C, h, w).
         kl_weight: Weight of the posterior's divergence from the standard normal, in nats per latent number.
         edge_weight: Weight of `edge_error`; without it the absolute error leaves edges blurred.
 
     Returns a scalar, float32.
     """
     posterior = model.encode(images).latent_dist
-    decoded, images = model.decode(posterior.sample()).sample.float(), images.float()
+    latents = posterior.mean + posterior.std * noise
+    decoded, images = model.decode(latents).sample.float(), images.float()
     divergence = posterior.kl().float().sum() / posterior.mean.numel()
     return F.l1_loss(decoded, images) + edge_weight * edge_error(decoded, images) + kl_weight * divergence
 
@@ -60,7 +65,7 @@ class Autoencoding:
     kl_weight: float = 1e-3
     edge_weight: float = 1.0
 
-    def prepare(self, model: Any, folder: Path, device: torch.device) -> "SceneCrops":
+    def prepare(self, model: Any, folder: Path, accelerator: Any, stop: Any) -> "SceneCrops":
         """Begin close to a linear map with little noise: from there the colours are learned sooner."""
         for name, parameter in model.named_parameters():
             if "resnets" in name and ".conv2." in name:
@@ -69,12 +74,18 @@ class Autoencoding:
         log_variances -= 4
         return SceneCrops(self.scenes, self.seed, self.picture_size, self.crop_size)
 
-    def loss(self, model: AutoencoderKL, images: Tensor) -> Tensor:
+    def loss(self, model: AutoencoderKL, draws: Draws, images: Tensor) -> Tensor:
         """`autoencoder_loss`."""
-        return autoencoder_loss(model, images, kl_weight=self.kl_weight, edge_weight=self.edge_weight)
+        channels, factor = model.config.latent_channels, 2 ** (len(model.config.block_out_channels) - 1)
+        noise = draws.normal(channels, images.shape[-2] // factor, images.shape[-1] // factor)
+        return autoencoder_loss(model, images, noise, kl_weight=self.kl_weight, edge_weight=self.edge_weight)
+
+    def validate(self, model: AutoencoderKL, accelerator: Any, stop: Any) -> dict[str, float]:
+        """Nothing is measured."""
+        return {}
 
     @torch.no_grad()
-    def preview(self, model: AutoencoderKL) -> Image.Image:
+    def preview(self, model: AutoencoderKL, stop: Any) -> Image.Image:
         """Six scenes that training never shows, and below each what is left of it."""
         pictures = [render(scene(i, seed=self.seed, held_out=True), self.picture_size) for i in range(6)]
         images = torch.stack([to_tensor(picture) for picture in pictures]).to(model.device)
@@ -93,7 +104,7 @@ class Autoencoding:
         model.save_pretrained(folder)
 
 
-class SceneCrops(Dataset[dict[str, Tensor]]):
+class SceneCrops(Samples):
     """A square crop of each scene, around one of its objects. Item i depends on the arguments and i alone."""
 
     def __init__(self, size: int, seed: int, picture_size: int, crop_size: int):
@@ -102,8 +113,9 @@ class SceneCrops(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """images (3, crop, crop) in [-1, 1]."""
+        index, _ = key
         described, rng = scene(index, seed=self.seed), random.Random(f"crop/{self.seed}/{index}")
         chosen, room = rng.choice(described.objects), self.picture_size - self.crop_size
 

@@ -11,31 +11,70 @@ import yaml
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with a learning rate or weight decay of their own."""
+
+    match: str  # regular expression, searched in the parameter's full name; the first group that fits counts
+    learning_rate_scale: float = 1.0  # times the run's learning rate
+    weight_decay: float | None = None  # None: the run's
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank updates of some layers instead of the weights (Hu et al. 2021)."""
+
+    rank: int = 16
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # of the update's input
+    target_modules: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )  # names of linear layers, or ends of
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """How the loop runs. Every process takes `batch_size` samples a step."""
+    """How the loop runs. Every process takes `batch_size` samples, `gradient_accumulation` times a step."""
 
     max_steps: int  # optimizer steps
-    batch_size: int  # samples a step and process
-    optimizer: Literal["adamw", "muon"] = "adamw"  # see `localdit.training.optimizers`
+    batch_size: int  # samples of a process's micro-batch
+    optimizer: Literal["adamw", "muon", "adamw8bit", "schedule_free_adamw"] = "adamw"
     learning_rate: float = 1e-4  # after warm-up
     warmup_steps: int = 1000  # linear, from 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, down to 0 at max_steps
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
     weight_decay: float = 0.03
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    parameter_groups: tuple[ParameterGroup, ...] = field(default=(), metadata={"nested": ParameterGroup})
     max_grad_norm: float = 1.0
-    gradient_accumulation: int = 1  # batches a step
+    max_skipped_steps: int = 20  # in a row, for a gradient that is not finite; then the run stops
+    gradient_accumulation: int = 1  # micro-batches a step
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
-    compile: bool = False  # torch.compile of the model
+    compile: bool = False  # torch.compile of the repeated blocks, or of a whole model that declares none
     ema_decay: float = 0.9999
     seed: int = 0
-    num_workers: int = 0  # of the data loader
+    num_workers: int = 0  # of the data loader, in each process
     num_threads: int | None = None  # of PyTorch on the CPU; None leaves its default
+    max_bad_fraction: float = 0.01  # of the samples seen, that may turn out unusable
     log_every: int = 50  # steps
+    log_with: tuple[
+        str, ...
+    ] = ()  # trackers besides log.jsonl: tensorboard, wandb, trackio, ... (accelerate's)
+    peak_tflops: float | None = (
+        None  # of one device, for the share of it that is used; None: known GPUs' bf16
+    )
     save_every: int = 1000  # steps
     keep_checkpoints: int = 2  # newest ones kept
     preview_every: int | None = None  # steps; None makes no previews
+    validate_every: int | None = None  # steps; None measures no validation loss
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "gradient_accumulation", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -50,30 +89,31 @@ class Config:
     model: dict[str, Any]
     objective: dict[str, Any]
     train: TrainConfig = field(metadata={"nested": TrainConfig})
-    init_from: str | None = (
-        None  # folder of a model, or of a pipeline with one, whose weights a fresh run takes
-    )
+    # What a fresh run starts from: folder of a model or of a pipeline with one, or a published checkpoint.
+    init_from: str | None = None
+    lora: LoraConfig | None = field(default=None, metadata={"nested": LoraConfig})
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a run's YAML file.
+def load_config(path: str | Path, overrides: list[str] | None = None, kind: Any = Config) -> Any:
+    """Read a YAML file strictly.
 
     Args:
         path: The file.
         overrides: `section.key=value`, the value in YAML (`train.max_steps=100`, `model.rope=false`).
+        kind: The dataclass to fill; a run's `Config` unless another is given.
 
     Raises:
         ValueError: An unknown or missing key, a value of the wrong type, or an override that is none.
     """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold the sections of a run, got {type(values).__name__}")
+        raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}")
     for override in overrides or []:
         _override(values, override)
-    return build(Config, values, where="")
+    return build(kind, values, where="")
 
 
 def build(kind: Any, values: dict[str, Any], where: str) -> Any:
@@ -88,11 +128,14 @@ def build(kind: Any, values: dict[str, Any], where: str) -> Any:
     for name, f in fields.items():
         if name in values:
             value, nested, signed = values[name], f.metadata.get("nested"), f.metadata.get("signed", False)
-            filled[name] = (
-                build(nested, value, f"{where}{name}.")
-                if nested
-                else _cast(value, f.type, where + name, signed)
-            )
+            if nested and isinstance(f.default, tuple):
+                if not isinstance(value, list | tuple):
+                    raise ValueError(f"{where}{name} must be a list, got {value!r}")
+                filled[name] = tuple(build(nested, v, f"{where}{name}[{i}].") for i, v in enumerate(value))
+            elif nested and (value is not None or f.default is not None):
+                filled[name] = build(nested, value, f"{where}{name}.")
+            else:
+                filled[name] = _cast(value, f.type, where + name, signed)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"missing key {where}{name}")
     return kind(**filled)
@@ -102,18 +145,21 @@ def _cast(value: Any, kind: Any, name: str, signed: bool = False) -> Any:
     """`value` as `kind`, with no conversion that could hide a mistake."""
     origin = get_origin(kind)
     if origin is types.UnionType:
-        if value is None:
+        if value is None and types.NoneType in get_args(kind):
             return None
-        (kind,) = (k for k in get_args(kind) if k is not type(None))
+        first, *more = (k for k in get_args(kind) if k is not types.NoneType)
+        kind = next((k for k in more if isinstance(value, get_origin(k) or k)), first)
         return _cast(value, kind, name, signed)
     if origin is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
         return value
     if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name} must be a list, got {value!r}")
         kinds = get_args(kind)
         kinds = kinds[:1] * len(value) if len(kinds) == 2 and kinds[1] is Ellipsis else kinds
-        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+        if len(value) != len(kinds):
             raise ValueError(f"{name} must be a list of {len(kinds)}, got {value!r}")
         return tuple(_cast(v, k, f"{name}[{i}]", signed) for i, (v, k) in enumerate(zip(value, kinds)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -1,122 +1,116 @@
 """The denoising objective: a text-to-image transformer learns the noise in latents of captioned pictures.
 
-Latents and text features are made once, ahead of training, and kept in a file beside the run. The text
-features come from the pipeline's own `encode_prompt`, so that training and sampling cannot disagree.
+The latents and text features are encoded ahead of training into a cache (`localdit.training.encode`), or as
+training goes. Text features come from the pipeline's own `encode_prompt` either way, so that training and
+sampling cannot disagree.
 """
 
-import hashlib
-import itertools
-import json
-import os
-import random
-from collections.abc import Iterable, Iterator
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
-from localdit.data.scenes import captions, render, scene
+from localdit.data.cache import open_cache
+from localdit.data.pixels import Pixels
+from localdit.data.samples import Samples, split
 from localdit.pipelines.local_dit import LocalDiTPipeline
-from localdit.training.autoencoder import to_tensor
-from localdit.training.layout import LayoutHead, layout_of
-from localdit.training.text_encoder import as_users_write
+from localdit.training.encode import (
+    EncodeConfig,
+    encode,
+    find_encoder,
+    identities,
+    load_encoder,
+    open_config_source,
+)
+from localdit.training.layout import LayoutHead, WithLayouts
+from localdit.training.order import Draws
+from localdit.training.stopping import StopRequest
 
 # B batch   C latent channels   h w latent   T text tokens   K channels of the text features
 
-# The fields that the training set depends on.
-_MAKES_THE_SET = (
-    "scenes",
-    "captions_per_scene",
-    "free_wording_rate",
-    "seed",
-    "picture_size",
-    "max_sequence_length",
-)
+_VALIDATION_SEED = 1
 
 
 @dataclass
 class Denoising:
-    """Denoising of the synthetic scenes' latents, by the noise or the velocity in them."""
+    """Denoising of the latents of captioned pictures, by the noise or the velocity in them."""
 
-    vae: str  # folder or hub name of an AutoencoderKL
-    text_encoder: str  # folder or hub name of a T5 encoder
-    tokenizer: str  # of its tokenizer
+    # The pictures, the encoders and the cache; see `localdit.training.encode.EncodeConfig`.
+    data: EncodeConfig = field(metadata={"nested": EncodeConfig})
     scheduler: dict[str, Any]  # what the finished pipeline samples with; its schedule is trained on
-    scenes: int = 50_000  # pictures in the training set
-    captions_per_scene: int = 2  # wordings kept for each, drawn at random
-    free_wording_rate: float = 0.2  # share of captions as users might write them
-    seed: int = 0  # of the scenes and wordings
-    picture_size: int = 128  # pixels
-    max_sequence_length: int = 120  # tokens that a caption may have
+    on_the_fly: bool = False  # encode each batch anew, without a cache
     caption_dropout: float = 0.1  # share of captions replaced by the empty one
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    logit_mean: float = field(
-        default=0.0, metadata={"signed": True}
-    )  # of logit_normal: below 0 for less noise
+    logit_mean: float = field(default=0.0, metadata={"signed": True})  # of logit_normal; < 0 for less noise
     logit_std: float = 1.0  # of logit_normal
-    layout_weight: float = 0.0  # of the side task in `localdit.training.layout`
+    timestep_shift: float = 1.0  # above 1 for more noise, as larger pictures want (Esser et al. 2024, eq. 23)
+    min_snr_gamma: float | None = None  # bound of the signal-to-noise weighting; None: all timesteps alike
+    layout_weight: float = 0.0  # of the side task in `localdit.training.layout`, for scenes
     layout_block: int = 3  # the block that the side task reads
+    validation_samples: int = 0  # kept out of training and measured every train.validate_every steps
     preview_prompts: tuple[str, ...] = ("a red circle left of a blue square", "a green star")
     preview_guidance_scale: float = 4.0
+    preview_steps: int = 20
+    export_encoders: bool = True  # write the frozen parts into the finished pipeline too
 
-    def prepare(self, model: Any, folder: Path, device: torch.device) -> "EncodedScenes":
-        """Load the frozen parts; make the training set in `folder` unless one made from the same is there."""
-        self.pipeline = LocalDiTPipeline(
-            tokenizer=AutoTokenizer.from_pretrained(self.tokenizer),
-            text_encoder=T5EncoderModel.from_pretrained(self.text_encoder, dtype=torch.float32).to(device),
-            vae=AutoencoderKL.from_pretrained(self.vae).to(device),
-            transformer=None,
-            scheduler=getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler),
-        )
-        if self.pipeline.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+    def prepare(self, model: Any, folder: Path, accelerator: Accelerator, stop: StopRequest) -> Samples:
+        """Load the frozen parts and the training set, which is encoded first where it is not yet."""
+        scheduler = getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
+        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
                 "objective.scheduler.prediction_type must be epsilon or v_prediction, "
-                f"got {self.pipeline.scheduler.config.prediction_type!r}"
+                f"got {scheduler.config.prediction_type!r}"
             )
-        self.noise_schedule = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        path, identity = folder / "encoded_scenes.safetensors", self._identity()
-        if not (path.exists() and safe_open(path, "pt").metadata().get("identity") == identity):
-            staged = path.with_suffix(f".tmp-{os.getpid()}")
-            save_file(self._encode(), staged, metadata={"identity": identity})
-            staged.replace(path)
-        layouts = None
+        self.noise_schedule = DDPMScheduler.from_config(scheduler.config)
+        samples: Samples
+        if self.on_the_fly:
+            with accelerator.main_process_first():
+                source = open_config_source(self.data, progress=accelerator.is_main_process)
+            samples = Pixels(source, self.data.resolution, self.data.flips, self.data.seed)
+        else:
+            encode(self.data, accelerator, stop)
+            expected = {part: encoder["sha256"] for part, encoder in identities(self.data).items()}
+            samples = open_cache(self.data.cache, expected=expected, seed=self.data.seed)
         if self.layout_weight:
-            blocks = model.transformer_blocks
-            if self.layout_block >= len(blocks):
-                raise ValueError(
-                    f"objective.layout_block must be below {len(blocks)}, got {self.layout_block}"
-                )
-            dim = model.config.num_attention_heads * model.config.attention_head_dim
-            model.layout_head = self.layout_head = LayoutHead(dim, blocks[self.layout_block])
-            grid = model.config.sample_size // model.config.patch_size
-            drawn = (layout_of(scene(i, seed=self.seed), grid) for i in range(self.scenes))
-            layouts = [torch.stack(part) for part in zip(*drawn)]
-        data = EncodedScenes(load_file(path), layouts)
-        self.empty_text = data.empty_text.to(device)
-        return data
+            samples = self._add_layouts(model, samples)
+
+        self.pipeline = LocalDiTPipeline(
+            tokenizer=AutoTokenizer.from_pretrained(find_encoder(self.data.tokenizer, "tokenizer")),
+            text_encoder=self._text_encoder().to(accelerator.device),
+            vae=load_encoder(AutoencoderKL, self.data.vae, "vae", self.data.vae_dtype).to(accelerator.device),
+            scheduler=scheduler,
+        )
+        self.empty_text, _ = self._encode_text([""])
+        self.preview_text = self.pipeline.encode_prompt(
+            list(self.preview_prompts), max_sequence_length=self.data.max_sequence_length
+        )
+        if not self.on_the_fly:  # it may be larger than all else, and its work is done
+            self.pipeline.text_encoder = None
+            gc.collect()
+            if accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+        rest, self.kept_apart = split(samples, self.validation_samples)
+        return rest
 
     def loss(
         self,
         model: nn.Module,
-        moments: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
+        draws: Draws,
+        *,
         labels: Tensor | None = None,
         places: Tensor | None = None,
+        **sample: Any,
     ) -> Tensor:
         """Mean squared error at random timesteps, plus the side task's.
 
@@ -125,152 +119,184 @@ class Denoising:
 
         Args:
             model: A LocalDiT transformer.
-            moments: Mean and log-variance of the autoencoder's posterior, (B, 2C, h, w).
-            text: Text features, (B, T, K).
-            text_mask: (B, T), True = keep.
+            draws: Noise, timesteps and which captions are dropped.
             labels, places: What `layout_of` gives, batched, where there is a side task.
+            sample: What a `Cache` or `Pixels` gives, batched.
 
         Returns a scalar, float32.
         """
-        latents = scale_latents(DiagonalGaussianDistribution(moments).sample(), self.pipeline.vae)
-        dropped = torch.rand(len(text), device=text.device) < self.caption_dropout  # (B,)
+        moments, text, text_mask = self.encoded(**sample)
+        posterior = DiagonalGaussianDistribution(moments)
+        shape = posterior.mean.shape[1:]
+        latents = scale_latents(posterior.mean + posterior.std * draws.normal(*shape), self.pipeline.vae)
+        dropped = draws.uniform() < self.caption_dropout  # (B,)
         text, text_mask = text.clone(), text_mask.clone()
-        text[dropped, : len(self.empty_text)] = self.empty_text.to(text.dtype)
-        text_mask[dropped] = torch.arange(text.shape[1], device=text.device) < len(self.empty_text)
+        length = self.empty_text.shape[1]
+        text[dropped, :length] = self.empty_text.to(text.dtype)
+        text_mask[dropped] = torch.arange(text.shape[1], device=text.device) < length
 
-        noise = torch.randn_like(latents)
-        steps = self.noise_schedule.config.num_train_timesteps
-        density = compute_density_for_timestep_sampling(  # uniform, unless a weighting is named
-            self.timestep_sampling, len(latents), self.logit_mean, self.logit_std, device=latents.device
-        )
-        timestep = (density * steps).long().clamp(max=steps - 1)  # (B,)
+        timestep, noise = self.timesteps(draws), draws.normal(*shape)
         noisy = self.noise_schedule.add_noise(latents, noise, timestep)
         predicted = model(noisy, text, timestep, text_mask, return_dict=False)[0]
-        target = noise
-        if self.noise_schedule.config.prediction_type == "v_prediction":
-            target = self.noise_schedule.get_velocity(latents, noise, timestep)
-        loss = F.mse_loss(predicted.float(), target.float())
-        if labels is None:
+        error = (
+            (predicted.float() - self.target(latents, noise, timestep)).square().flatten(1).mean(1)
+        )  # (B,)
+        if self.min_snr_gamma is not None:
+            error = error * self.min_snr_weight(timestep)
+        loss = error.mean()
+        if labels is None or places is None:
             return loss
-        assert places is not None
         return loss + self.layout_weight * self.layout_head.loss(labels, places)
 
-    def assemble(self, model: Any) -> LocalDiTPipeline:
-        """The pipeline around a transformer."""
-        return LocalDiTPipeline(**{**self.pipeline.components, "transformer": model})
+    @torch.no_grad()
+    def encoded(
+        self,
+        moments: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        pixels: Tensor | None = None,
+        caption: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments (B, 2C, h, w), text (B, T, K) and its mask (B, T): those of the cache, or made now."""
+        if pixels is None or caption is None:
+            assert moments is not None
+            assert text is not None
+            assert text_mask is not None
+            return moments, text, text_mask
+        vae = self.pipeline.vae
+        images = (pixels / 127.5 - 1).to(vae.dtype)
+        return vae.encode(images).latent_dist.parameters.float(), *self._encode_text(caption)
 
-    def preview(self, model: nn.Module) -> Image.Image:
-        """Fixed prompts and seeds, as one picture: a row for each prompt."""
-        pipeline = self.assemble(model)
-        pipeline.set_progress_bar_config(disable=True)
-        rows = len(self.preview_prompts)
-        (images,) = pipeline(
-            list(self.preview_prompts),
-            num_images_per_prompt=4,
-            guidance_scale=self.preview_guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for _ in range(rows) for seed in range(4)],
-            return_dict=False,
-        )
-        return make_image_grid(images, rows=rows, cols=4)
+    def timesteps(self, draws: Draws) -> Tensor:
+        """The timesteps of a batch, (B,), by `timestep_sampling`."""
+        if self.timestep_sampling == "logit_normal":  # Esser et al. 2024, section 3.1
+            time = torch.sigmoid(self.logit_mean + self.logit_std * draws.normal())
+        else:
+            time = draws.uniform()
+        time = self.timestep_shift * time / (1 + (self.timestep_shift - 1) * time)
+        steps = self.noise_schedule.config.num_train_timesteps
+        return (time * steps).long().clamp(max=steps - 1)
 
-    def export(self, model: Any, folder: Path) -> None:
-        """Write the finished pipeline."""
-        head = model.__dict__["_modules"].pop("layout_head", None)
-        try:
-            self.assemble(model).save_pretrained(folder)
-        finally:
-            if head is not None:
-                model.layout_head = head
+    def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """What the model has to say, in float32, of the shape of the latents."""
+        if self.noise_schedule.config.prediction_type == "v_prediction":
+            return self.noise_schedule.get_velocity(latents, noise, timestep).float()
+        return noise.float()
 
-    def _identity(self) -> str:
-        """What the training set depends on: the encoders' weights and the choice of scenes and wordings."""
-        digest = hashlib.sha256()
-        for part in (self.pipeline.vae, self.pipeline.text_encoder):
-            for name, tensor in part.state_dict().items():
-                digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        choice = {name: getattr(self, name) for name in _MAKES_THE_SET}
-        digest.update(json.dumps([choice, self.pipeline.tokenizer.get_vocab()], sort_keys=True).encode())
-        return digest.hexdigest()
+    def min_snr_weight(self, timestep: Tensor) -> Tensor:
+        """Weights (B,) of the squared errors, which bound how much a timestep counts in terms of the clean
+        picture (Hang et al. 2023, section 3.4)."""
+        snr = compute_snr(self.noise_schedule, timestep)
+        per_velocity = self.noise_schedule.config.prediction_type == "v_prediction"
+        return snr.clamp(max=self.min_snr_gamma) / (snr + 1 if per_velocity else snr)
 
     @torch.no_grad()
-    def _encode(self) -> dict[str, Tensor]:
-        moments, text, lengths, device = [], [], [], self.pipeline.vae.device
-        progress = tqdm(total=self.scenes, desc="encoding scenes", unit="scene")
-        for indices in _batched(range(self.scenes), 64):
-            drawn = [scene(i, seed=self.seed) for i in indices]
-            images = torch.stack([to_tensor(render(s, self.picture_size)) for s in drawn]).to(
-                device
-            )  # (B, 3, H, W)
-            moments.append(self.pipeline.vae.encode(images).latent_dist.parameters.half().cpu())
-            wordings = []
-            for i, s in zip(indices, drawn):
-                choose = random.Random(f"{self.seed}/{i}/wording")
-                for caption in choose.choices(captions(s), k=self.captions_per_scene):
-                    freely = choose.random() < self.free_wording_rate
-                    sizes = [caption.names_size] * len(s.objects)
-                    wordings.append(
-                        as_users_write(caption.text, s, sizes, choose)[0] if freely else caption.text
-                    )
-            for features in self._encode_text(wordings):
-                text.append(features)
-                lengths.append(len(features))
-            progress.update(len(indices))
+    def validate(self, model: Any, accelerator: Accelerator, stop: StopRequest) -> dict[str, float]:
+        """Mean squared errors in ten ranges of timesteps, on samples kept out of training, and their mean.
+
+        A sample's noise and timesteps are the same each time, so that curves can be compared.
+        """
+        steps = self.noise_schedule.config.num_train_timesteps
+        edges = torch.arange(11) * steps // 10
+        timestep = ((edges[:-1] + edges[1:]) // 2).to(accelerator.device)  # the middle of each range
+        errors = torch.zeros(11, device=accelerator.device)  # the sum for each range, and the count
+        for number in range(accelerator.process_index, len(self.kept_apart), accelerator.num_processes):
+            if stop:
+                break
+            sample = self.kept_apart[number, number]
+            same = self.kept_apart.collate([dict(sample) for _ in timestep])
+            same = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in same.items()}
+            moments, text, mask = self.encoded(**{k: same[k] for k in same.keys() - {"labels", "places"}})
+            latents = scale_latents(DiagonalGaussianDistribution(moments).mean, self.pipeline.vae)
+            draws = Draws(_VALIDATION_SEED, range(10 * number, 10 * number + 10), accelerator.device)
+            noise = draws.normal(*latents.shape[1:])
+            noisy = self.noise_schedule.add_noise(latents, noise, timestep)
+            predicted = model(noisy, text, timestep, mask, return_dict=False)[0]
+            errors[:10] += (predicted - self.target(latents, noise, timestep)).square().flatten(1).mean(1)
+            errors[10] += 1
+        errors = accelerator.reduce(errors, "sum")
+        if stop or not errors[10]:
+            return {}
+        means = (errors[:10] / errors[10]).tolist()
+        ranges = zip(edges[:-1].tolist(), edges[1:].tolist())
         return {
-            "moments": torch.cat(moments),  # (scenes, 2C, h, w)
-            "text": torch.cat(text),  # the kept tokens of all captions, one after the other
-            "lengths": torch.tensor(lengths),
-            "empty_text": next(self._encode_text([""])),
+            "validation_loss": sum(means) / 10,
+            **{f"validation_loss/{low}-{high - 1}": mean for (low, high), mean in zip(ranges, means)},
         }
 
-    def _encode_text(self, texts: list[str]) -> Iterator[Tensor]:
-        """The features of each text's own tokens, (length, K)."""
+    def assemble(self, model: Any, **parts: Any) -> LocalDiTPipeline:
+        """The pipeline around a transformer, with other parts where they are given."""
+        return LocalDiTPipeline(**{**self.pipeline.components, "transformer": model, **parts})
+
+    def preview(self, model: Any, stop: StopRequest) -> Image.Image | None:
+        """Fixed prompts and seeds, as one picture: a row for each prompt."""
+        pipeline = self.assemble(model)
+
+        def ask(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = bool(stop)
+            return tensors
+
+        pipeline.set_progress_bar_config(disable=True)
+        rows = len(self.preview_prompts)
+        embeds, mask, negative_embeds, negative_mask = self.preview_text
+        (images,) = pipeline(
+            prompt_embeds=embeds,
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=negative_embeds,
+            negative_prompt_attention_mask=negative_mask,
+            num_images_per_prompt=4,
+            num_inference_steps=self.preview_steps,
+            guidance_scale=self.preview_guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for _ in range(rows) for seed in range(4)],
+            callback_on_step_end=ask,
+            return_dict=False,
+        )
+        return None if stop else make_image_grid(images, rows=rows, cols=4)
+
+    def export(self, model: Any, folder: Path) -> None:
+        """Write the finished pipeline; of a trained LoRA, the LoRA alone, with its rank and alpha."""
+        if getattr(model, "peft_config", None):
+            from peft.utils import get_peft_model_state_dict
+
+            LocalDiTPipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=get_peft_model_state_dict(model),
+                transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+            )
+            return
+        parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": None}
+        if self.export_encoders:
+            parts = {"text_encoder": self._text_encoder()}
+        self.assemble(model, **parts).save_pretrained(folder)
+
+    def _text_encoder(self) -> Any:
+        return load_encoder(
+            T5EncoderModel, self.data.text_encoder, "text_encoder", self.data.text_encoder_dtype
+        )
+
+    @torch.no_grad()
+    def _encode_text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, T, K) of texts, padded to the longest, and which are kept (B, T)."""
         encoded: tuple[Any, ...] = self.pipeline.encode_prompt(
-            texts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            texts, do_classifier_free_guidance=False, max_sequence_length=self.data.max_sequence_length
         )
-        embeds, mask, *_ = encoded
-        for features, keep in zip(embeds, mask.bool()):
-            yield features[keep].half().cpu()
+        embeds, mask = encoded[0].float(), encoded[1].bool()
+        longest = int(mask.sum(1).max())
+        return embeds[:, :longest], mask[:, :longest]
 
-
-class EncodedScenes(Dataset[dict[str, Tensor]]):
-    """Latents and text features of captioned scenes: every wording of every scene is an item."""
-
-    def __init__(self, tensors: dict[str, Tensor], layouts: list[Tensor] | None = None):
-        self.moments, self.text, self.empty_text = (
-            tensors["moments"],
-            tensors["text"],
-            tensors["empty_text"].float(),
-        )
-        self.ends = tensors["lengths"].cumsum(0)
-        self.lengths = tensors["lengths"]
-        self.length = int(self.lengths.max())
-        self.layouts = layouts
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """moments (2C, h, w), text (T, K), text_mask (T,), the text padded to the longest of the set."""
-        end, length = int(self.ends[index]), int(self.lengths[index])
-        text = self.text.new_zeros(self.length, self.text.shape[1], dtype=torch.float32)
-        text[:length] = self.text[end - length : end]
-        picture = index * len(self.moments) // len(self)
-        item = {
-            "moments": self.moments[picture].float(),
-            "text": text,
-            "text_mask": torch.arange(self.length) < length,
-        }
-        if self.layouts is not None:
-            item["labels"], item["places"] = (part[picture] for part in self.layouts)
-        return item
+    def _add_layouts(self, model: Any, samples: Samples) -> Samples:
+        """Put the head of the side task into the model, and its targets into the samples."""
+        blocks = model.transformer_blocks
+        if self.layout_block >= len(blocks):
+            raise ValueError(f"objective.layout_block must be below {len(blocks)}, got {self.layout_block}")
+        source = self.data.source
+        seed = source.get("seed", 0) if isinstance(source, dict) else 0
+        layouts = WithLayouts(samples, seed, model.config.sample_size // model.config.patch_size)
+        dim = model.config.num_attention_heads * model.config.attention_head_dim
+        model.layout_head = self.layout_head = LayoutHead(dim, blocks[self.layout_block])
+        return layouts
 
 
 def scale_latents(latents: Tensor, vae: AutoencoderKL) -> Tensor:
     """Latents as the autoencoder gives them, to the unit scale that the transformer works in."""
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-def _batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch

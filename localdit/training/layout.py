@@ -6,6 +6,7 @@ first half of the network is told what to find out, instead of having to guess i
 here the target is the scene itself, not the features of another network.
 """
 
+import re
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localdit.data.scenes import BACKGROUNDS, COLORS, SHAPES, Scene
+from localdit.data.samples import Samples
+from localdit.data.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, scene
 
 # B batch   N tokens   D width
 
@@ -40,6 +42,36 @@ def layout_of(described: Scene, grid: int) -> tuple[Tensor, Tensor]:
     offset = centres[nearest, :2] - np.stack((x, y), axis=1)
     places = np.concatenate((_OFFSET_SCALE * offset, _RADIUS_SCALE * centres[nearest, 2:]), axis=1)
     return torch.from_numpy(labels).to(torch.int8), torch.from_numpy(places).half()
+
+
+class WithLayouts(Samples):
+    """Samples of drawn scenes, each with its layout: also {"labels": (grid², 3), "places": (grid², 3)}.
+
+    Raises:
+        ValueError: The samples are no scenes.
+    """
+
+    def __init__(self, whole: Samples, seed: int, grid: int):
+        self.whole, self.groups, self.shards = whole, whole.groups, whole.shards
+        layouts = []
+        for index in range(len(whole)):
+            if not (match := re.fullmatch(r"scene-(\d+)", whole.name(index))):
+                raise ValueError(f"layout_weight is for a source of scenes, got {whole.name(index)!r}")
+            layouts.append(layout_of(scene(int(match[1]), seed=seed), grid))
+        self.labels, self.places = (torch.stack(part) for part in zip(*layouts))
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        return {**self.whole[key], "labels": self.labels[key[0]], "places": self.places[key[0]]}
+
+    def name(self, index: int) -> str:
+        return self.whole.name(index)
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:  # type: ignore[override]
+        layouts = {name: torch.stack([item.pop(name) for item in items]) for name in ("labels", "places")}
+        return {**self.whole.collate(items), **layouts}
 
 
 class LayoutHead(nn.Module):

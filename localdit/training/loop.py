@@ -1,36 +1,41 @@
 """The training loop: one for every architecture and objective.
 
-Each batch draws all its random numbers from (seed, batch, process), and its samples from (seed, epoch,
-position): a resumed run goes on as the unbroken one would have.
+Each sample's picture, crop, caption, noise and timestep follow from the seed and the sample's position in the
+run (`localdit.training.order`): a resumed run goes on as the unbroken one would have, and several processes
+take the steps that one would.
 """
 
-import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from functools import lru_cache, partial
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset
 
 import localdit
+from localdit.data.images import BadSample
+from localdit.data.samples import Samples
+from localdit.files import locked
 from localdit.training import text_encoder
-from localdit.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from localdit.training.config import Config, TrainConfig
+from localdit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from localdit.training.config import Config, LoraConfig, TrainConfig
+from localdit.training.journal import Journal
 from localdit.training.objectives import build_objective
 from localdit.training.optimizers import build_optimizer
+from localdit.training.order import Draws, Order, ProcessBatches
+from localdit.training.state import capture, restore, trained
+from localdit.training.stopping import Stopped, stop_request
+from localdit.training.throughput import Throughput
 
 logger = logging.get_logger(__name__)
 
@@ -45,111 +50,137 @@ def train(config: Config, resume: str = "auto") -> Path:
 
     Returns:
         The folder of the finished model, `output_dir/final`.
+
+    Raises:
+        Stopped: SIGTERM or Ctrl-C came; the work up to the step just taken is in a checkpoint.
+        FloatingPointError: The gradients of too many steps in a row were not finite.
+        ValueError: Too many samples are unusable, or a value of the configuration is wrong.
+        BlockingIOError: Another process trains in this folder.
     """
     options, run = config.train, Path(config.output_dir)
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation
+        mixed_precision=options.mixed_precision, log_with=list(options.log_with) or None, project_dir=run
     )
+    rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(options.seed)
     objective = build_objective(config.objective)
-    bare_model = build_model(config.model)
-    if config.init_from:
-        start_from(bare_model, config.init_from)
-    if options.gradient_checkpointing:
-        bare_model.enable_gradient_checkpointing()
-    with accelerator.main_process_first():
-        run.mkdir(parents=True, exist_ok=True)
-        data = objective.prepare(bare_model, run, accelerator.device)
-    if accelerator.is_main_process:
-        (run / "config.yaml").write_text(
-            yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
+    bare_model = starting_model(config)
+    run.mkdir(parents=True, exist_ok=True)
+
+    with stop_request() as stop, locked(run) if accelerator.is_main_process else nullcontext():
+        checkpoint = find_checkpoint(run, resume)
+        data = objective.prepare(bare_model, run, accelerator, stop)
+        bare_model.to(accelerator.device)
+        optimizer = build_optimizer(bare_model, options)
+        model, optimizer = accelerator.prepare(bare_model, optimizer)
+        bare_model = accelerator.unwrap_model(model)
+        parameters = trained(bare_model)
+        ema = EMAModel(parameters.values(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
+        start = 0
+        if checkpoint:
+            tensors, state = load_checkpoint(checkpoint)
+            restore(bare_model, ema, optimizer, tensors, state)
+            start = state["step"]
+            logger.info(f"goes on from {checkpoint}")
+
+        batch_size = options.batch_size * world * options.gradient_accumulation
+        order = Order(data.groups, len(data), batch_size, options.seed, data.shards)
+        steps = range(start, options.max_steps)
+        batches: Any = DataLoader(
+            Items(data),
+            batch_sampler=ProcessBatches(order, steps, options.batch_size, rank, world),
+            collate_fn=list,
+            num_workers=options.num_workers,
         )
+        batches = iter(batches)
+        journal = Journal(config, accelerator, start)
+        throughput = Throughput(accelerator.device, options.peak_tflops)
+        rate = learning_rate(options)
+        set_mode(optimizer, "train")
+        model.train()
+        skipped_in_a_row = 0
 
-    bare_model.to(accelerator.device)
-    optimizer = build_optimizer(bare_model, options)
-    ema = EMAModel(bare_model.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
-    step = 0
-    if checkpoint := find_checkpoint(run, resume):
-        step = load_checkpoint(checkpoint, bare_model, ema, optimizer)
-        logger.info(f"resumed from {checkpoint}")
-    rate = learning_rate(options)
-    if options.compile:
-        bare_model.compile()
-    model, optimizer = accelerator.prepare(bare_model, optimizer)
+        for step in journal.progress(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step) * group["learning_rate_scale"]
+            for accumulated in range(1, options.gradient_accumulation + 1):
+                batch, positions = usable(next(batches), data, journal)
+                draws = Draws(options.seed, positions, accelerator.device)
+                seed_dropout(options.seed, step, accumulated, rank)
+                last = accumulated == options.gradient_accumulation
+                with (
+                    nullcontext() if last else accelerator.no_sync(model),
+                    attention_kernels(accelerator),
+                    throughput.count(shapes_of(batch), len(positions)),
+                ):
+                    if positions:
+                        loss = objective.loss(model, draws, **to_device(batch, accelerator.device))
+                    else:  # nothing was usable, but other processes wait for this one's gradients
+                        loss = torch.stack([0 * p.sum() for p in parameters.values()]).sum()
+                    accelerator.backward(loss / options.gradient_accumulation)
+                journal.losses.append(loss.detach())
 
-    rank, world = accelerator.process_index, accelerator.num_processes
-    order = Order(len(data), options, step, rank, world)
-    batches: Any = DataLoader(
-        cast("Dataset[dict[str, Tensor]]", data), batch_sampler=order, num_workers=options.num_workers
-    )
-    progress = tqdm(
-        total=options.max_steps,
-        initial=step,
-        unit="step",
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-    )
-    # On a CPU in bfloat16 the flash kernel's backward pass takes ten times that of plain matrix products.
-    plain = accelerator.device.type == "cpu" and options.mixed_precision != "no"
-    attention = partial(sdpa_kernel, SDPBackend.MATH) if plain else nullcontext
-    losses: list[Tensor] = []
-    started = time.monotonic()
-    model.train()
-
-    for index, batch in zip(order.batches, batches):
-        seed_batch(options.seed, index, rank)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step)
-        with accelerator.accumulate(model), attention():
-            loss = objective.loss(
-                model, **{key: value.to(accelerator.device) for key, value in batch.items()}
-            )
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-            optimizer.step()
+            norm = gradient_norm(accelerator, parameters.values(), options.max_grad_norm)
+            # In float16 the scaler itself leaves out such a step, and lowers its scale.
+            if finite := math.isfinite(norm) or accelerator.scaler is not None:
+                optimizer.step()
             optimizer.zero_grad()
-        losses.append(loss.detach())
-        if not accelerator.sync_gradients:
-            continue  # still accumulating
+            if finite and not optimizer.step_was_skipped:
+                ema.step(parameters.values())
+                skipped_in_a_row = 0
+            else:
+                journal.skipped += 1
+                skipped_in_a_row += 1
+            done = step + 1
 
-        step += 1
-        ema.step(bare_model.parameters())
-        progress.update()
-        if step % options.log_every == 0 or step == options.max_steps:
-            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            if not torch.isfinite(torch.tensor(mean_loss)):
+            if done % options.log_every == 0 or done == options.max_steps:
+                journal.steps(done, norm, rate(step), throughput.report(world))
+            stopping = stop.anywhere(accelerator)
+            failing = skipped_in_a_row > options.max_skipped_steps
+            if done % options.save_every == 0 or done == options.max_steps or stopping:
+                tensors, values = capture(bare_model, ema, optimizer)
+                if accelerator.is_main_process and not failing:
+                    save_checkpoint(run, done, tensors, {"step": done, **values}, options.keep_checkpoints)
+                accelerator.wait_for_everyone()
+            if failing:
                 raise FloatingPointError(
-                    f"the loss is {mean_loss} at step {step}; the last checkpoint is in {run}"
+                    f"the gradients of {skipped_in_a_row} steps in a row, up to step {done}, were not "
+                    f"finite; the last good checkpoint is in {run}"
                 )
-            speed = len(losses) * options.batch_size * world / (time.monotonic() - started)
-            losses, started = [], time.monotonic()
-            progress.set_postfix(loss=f"{mean_loss:.4f}")
-            if accelerator.is_main_process:
-                line = {
-                    "step": step,
-                    "loss": mean_loss,
-                    "gradient_norm": float(norm),
-                    "learning_rate": rate(step - 1),
-                    "samples_per_second": speed,
-                }
-                with open(run / "log.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-        if accelerator.is_main_process and (step % options.save_every == 0 or step == options.max_steps):
-            save_checkpoint(run, step, bare_model, ema, optimizer, options.keep_checkpoints)
-        if accelerator.is_main_process and options.preview_every and step % options.preview_every == 0:
-            with averaged(bare_model, ema):
-                if (picture := objective.preview(bare_model)) is not None:
-                    picture.save(run / f"preview-{step:08d}.png")
+            if stopping:
+                raise Stopped(f"stopped after step {done}; the same command goes on from there")
+            if options.validate_every and done % options.validate_every == 0:
+                with averaged(bare_model, ema, optimizer):
+                    journal.validation(done, objective.validate(bare_model, accelerator, stop))
+            if options.preview_every and done % options.preview_every == 0:
+                with averaged(bare_model, ema, optimizer):
+                    journal.preview(done, objective.preview(bare_model, stop))
 
-    progress.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with averaged(bare_model, ema):
-            objective.export(bare_model, run / "final")
+        with averaged(bare_model, ema, optimizer):
+            finished, _ = capture(bare_model, ema, optimizer)
+            if accelerator.is_main_process:
+                export(config, objective, finished["model"], accelerator.device)
+            accelerator.wait_for_everyone()
     return run / "final"
+
+
+def starting_model(config: Config) -> Any:
+    """The model that a run begins with: fresh or given weights, with a LoRA if one is trained."""
+    model = build_model(config.model)
+    if config.init_from:
+        start_from(model, config.init_from, config.model)
+    if config.lora:
+        add_lora(model, config.lora)
+    if config.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.train.compile:
+        if getattr(model, "_repeated_blocks", None):
+            model.compile_repeated_blocks()
+        else:
+            model.compile()
+    return model
 
 
 def build_model(values: dict[str, Any]) -> Any:
@@ -171,38 +202,114 @@ def build_model(values: dict[str, Any]) -> Any:
     return model_class.from_config({**fields, "_class_name": name})
 
 
-def start_from(model: Any, folder: str) -> None:
-    """Take the weights of a saved model of the same class and sizes, or of the pipeline's part that is one.
+def start_from(model: Any, source: str, values: dict[str, Any]) -> None:
+    """Take the weights of a saved model of the same class and shapes, of the pipeline's part that is one, or
+    of a published checkpoint.
+
+    Tables that depend on the size of the picture are computed and not loaded: a model of another
+    `sample_size` or `interpolation_scale` takes the weights and keeps its own grid.
 
     Raises:
         ValueError: There is no model there, or its parameters have other names or shapes.
     """
-    place = next(
-        (p for p in (Path(folder, "transformer"), Path(folder)) if (p / "config.json").is_file()), None
+    if Path(source).is_file():
+        fields = {key: value for key, value in values.items() if key != "_class_name"}
+        found = type(model).from_single_file(source, **fields)
+    else:
+        places = (Path(source, "transformer"), Path(source))
+        folder = next((place for place in places if (place / "config.json").is_file()), None)
+        if folder is None:
+            raise ValueError(
+                "init_from must be the folder of a saved model or pipeline, or a published checkpoint, "
+                f"got {source!r}"
+            )
+        found = type(model).from_pretrained(folder)
+    try:
+        model.load_state_dict(found.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"init_from {source!r} does not fit the model: {error}") from None
+
+
+def add_lora(model: Any, lora: LoraConfig) -> None:
+    """Freeze the model and put a LoRA beside the layers that `lora` names."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("a LoRA needs peft, of the extra 'lora': pip install 'localdit[lora]'") from error
+    model.requires_grad_(False)
+    model.add_adapter(
+        peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+            init_lora_weights="gaussian",
+        )
     )
-    if place is None:
-        raise ValueError(f"init_from must be the folder of a saved model or pipeline, got {folder!r}")
-    model.load_state_dict(type(model).from_pretrained(place).state_dict())
 
 
-def find_checkpoint(run: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` ("auto", "never" or a path) means, if any."""
-    if resume == "never":
-        return None
-    if resume == "auto":
-        found = checkpoints(run)
-        return found[-1] if found else None
-    if not (Path(resume) / "state.json").is_file():
-        raise ValueError(f"resume must be auto, never or the path of a checkpoint, got {resume!r}")
-    return Path(resume)
+def export(config: Config, objective: Any, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Write the finished model, rebuilt whole from its weights."""
+    model = starting_model(config)
+    own = trained(model)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+    objective.export(model.to(device).eval(), Path(config.output_dir) / "final")
+
+
+class Items(Dataset[tuple[int, Any]]):
+    """What the data loader reads: (position, sample), or in the sample's place its name and what is wrong."""
+
+    def __init__(self, data: Samples):
+        self.data = data
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any]:
+        index, position = key
+        try:
+            return position, self.data[index, position]
+        except BadSample as error:
+            return position, (self.data.name(index), str(error))
+
+
+def usable(items: list[tuple[int, Any]], data: Samples, journal: Journal) -> tuple[dict[str, Any], list[int]]:
+    """The samples that can be used, as a batch, and their positions."""
+    journal.seen += len(items)
+    good = [(position, sample) for position, sample in items if isinstance(sample, dict)]
+    for _, sample in items:
+        if not isinstance(sample, dict):
+            journal.pass_over(*sample)
+    return (data.collate([sample for _, sample in good]) if good else {}), [position for position, _ in good]
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def shapes_of(batch: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(value.shape if isinstance(value, Tensor) else None for value in batch.values())
+
+
+def attention_kernels(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """On a CPU in 16 bits the flash kernel's backward pass takes ten times that of plain matrix products."""
+    plain = accelerator.device.type == "cpu" and accelerator.mixed_precision != "no"
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+def gradient_norm(accelerator: Accelerator, parameters: Iterable[nn.Parameter], maximum: float) -> float:
+    """Scale the gradients down to a norm of at most `maximum`. Returns what it was before."""
+    norm = accelerator.clip_grad_norm_(parameters, maximum)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def learning_rate(options: TrainConfig) -> Callable[[int], float]:
     """The learning rate after a number of steps: warm-up, then diffusers' schedule of that name."""
     name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
-    optimizer = torch.optim.SGD(
-        [torch.zeros(())], lr=options.learning_rate
-    )  # a schedule cannot be had without one
+    # A schedule cannot be had without an optimizer.
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=options.learning_rate)
     schedule = get_scheduler(
         name, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
     )
@@ -210,48 +317,32 @@ def learning_rate(options: TrainConfig) -> Callable[[int], float]:
     return lambda step: options.learning_rate * multiplier(step)
 
 
-def seed_batch(seed: int, index: int, rank: int) -> None:
-    """Seed all that this process draws for its batch number `index`."""
-    torch.manual_seed(hash((seed, index, rank)) % 2**63)
+def seed_dropout(*words: int) -> None:
+    """Seed what the model draws by itself, dropout, for one micro-batch of one process."""
+    torch.manual_seed(Draws.seed(*words))
+
+
+def set_mode(optimizer: Any, mode: str) -> None:
+    """Schedule-free optimizers keep other weights for training ("train") than for use ("eval")."""
+    if hasattr(optimizer.optimizer, mode):
+        getattr(optimizer.optimizer, mode)()
 
 
 @contextmanager
-def averaged(model: nn.Module, ema: EMAModel) -> Iterator[None]:
-    """The model with its averaged weights, in evaluation mode."""
-    training = model.training
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+def averaged(model: nn.Module, ema: EMAModel, optimizer: Any) -> Iterator[None]:
+    """The model with its averaged weights, the EMA's or a schedule-free optimizer's, for evaluation."""
+    parameters, own = list(trained(model).values()), hasattr(optimizer.optimizer, "eval")
+    if own:
+        set_mode(optimizer, "eval")
+    else:
+        ema.store(parameters)
+        ema.copy_to(parameters)
     model.eval()
     try:
         yield
     finally:
-        ema.restore(model.parameters())
-        model.train(training)
-
-
-class Order(Sampler[list[int]]):
-    """Which samples make each batch of this process, from (seed, epoch, position) alone."""
-
-    def __init__(self, count: int, options: TrainConfig, step: int, rank: int, world: int):
-        self.count, self.options, self.rank, self.world = count, options, rank, world
-        self.batches = range(
-            step * options.gradient_accumulation, options.max_steps * options.gradient_accumulation
-        )
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self.options.batch_size
-        for batch in self.batches:
-            start = (batch * self.world + self.rank) * size
-            yield [self.sample(position) for position in range(start, start + size)]
-
-    def sample(self, position: int) -> int:
-        epoch, place = divmod(position, self.count)
-        return int(_permutation(self.options.seed, epoch, self.count)[place])
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        if own:
+            set_mode(optimizer, "train")
+        else:
+            ema.restore(parameters)
+        model.train()

@@ -3,37 +3,41 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
+from localdit.data.samples import Samples
 from localdit.training.autoencoder import Autoencoding
 from localdit.training.config import build
 from localdit.training.denoising import Denoising
+from localdit.training.order import Draws
+from localdit.training.stopping import StopRequest
 from localdit.training.text_encoder import SceneParsing
-
-
-class Data(Protocol):
-    """A training set: item i is the same whenever it is asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 class Objective(Protocol):
     """A dataclass whose fields are the keys of a configuration's `objective` section."""
 
-    def prepare(self, model: nn.Module, folder: Path, device: torch.device) -> Data:
-        """Make or load the training set, kept in `folder` if worth it. The fresh model may be changed."""
+    def prepare(self, model: Any, folder: Path, accelerator: Accelerator, stop: StopRequest) -> Samples:
+        """Make or load the training set, kept in `folder` if worth it. The fresh model may be changed.
 
-    def loss(self, model: nn.Module, **batch: Tensor) -> Tensor:
-        """Score a batch of the training set: a scalar, float32."""
+        Every process calls it. Raises `Stopped` when `stop` says so.
+        """
 
-    def preview(self, model: nn.Module) -> Image.Image | None:
-        """Show what the model can do."""
+    def loss(self, model: nn.Module, draws: Draws, **batch: Any) -> Tensor:
+        """Score a batch of the training set: a scalar, float32. Randomness comes from `draws` alone."""
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def validate(self, model: Any, accelerator: Accelerator, stop: StopRequest) -> dict[str, float]:
+        """Losses on samples kept out of training, with fixed noise; empty where there is nothing to measure.
+
+        Every process calls it and gets the same.
+        """
+
+    def preview(self, model: Any, stop: StopRequest) -> Image.Image | None:
+        """Show what the model can do; None where that is nothing to see, or when asked to stop."""
+
+    def export(self, model: Any, folder: Path) -> None:
         """Write the finished model as others load it."""
 
 

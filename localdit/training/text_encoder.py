@@ -8,21 +8,31 @@ from the frozen features.
 
 import math
 import random
-import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
 
-from localdit.data.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, captions, scene
+from localdit.data.samples import Samples
+from localdit.data.scenes import (
+    BACKGROUNDS,
+    CHARACTERS,
+    COLORS,
+    SHAPES,
+    SIZES,
+    Scene,
+    as_users_write,
+    captions,
+    scene,
+)
+from localdit.training.order import Draws
 
 # B batch   L text tokens   D width   P places
 
@@ -37,8 +47,6 @@ _STANDS = {
 }
 # Class 0 of every attribute is "nothing is said".
 _CLASSES = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "size": 1 + len(SIZES)}
-# What a lower-cased prompt in English may hold: ASCII without blanks and capitals.
-_CHARACTERS = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()]
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 128) -> T5Tokenizer:
@@ -52,7 +60,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 128) -> T5Tokeniz
         vocab_size: The most tokens there may be. Words that find no room, the rarest, are spelt.
     """
     specials = ("<pad>", "</s>", "<unk>")
-    room = vocab_size - len(specials) - 1 - len(_CHARACTERS)
+    room = vocab_size - len(specials) - 1 - len(CHARACTERS)
     if room < 1:
         raise ValueError(f"vocab_size must be at least {vocab_size - room + 1}, got {vocab_size}")
     counts = Counter(word for text in captions for word in text.split())
@@ -63,7 +71,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 128) -> T5Tokeniz
     words = [(f"▁{word}", math.log(counts[word] / counts.total())) for word in frequent]
     # The segmentation with the highest sum of scores wins. With spelling below every word and no score above
     # zero, a known word is never spelt.
-    spelling = [(piece, words[-1][1] - 1) for piece in ("▁", *_CHARACTERS)]
+    spelling = [(piece, words[-1][1] - 1) for piece in ("▁", *CHARACTERS)]
     vocab = [(special, 0.0) for special in specials] + spelling + words
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
@@ -91,7 +99,7 @@ def parse_targets(
     return objects, torch.tensor(1 + background)
 
 
-class SceneCaptions(Dataset[dict[str, Tensor]]):
+class SceneCaptions(Samples):
     """Captions of random scenes in random wordings, tokenised, with what they say.
 
     Item i depends on the arguments and i alone. Its keys are the arguments of `scene_parsing_loss`.
@@ -124,8 +132,9 @@ class SceneCaptions(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """input_ids and attention_mask (L,), objects (P, 3), background ()."""
+        index, _ = key
         if not 0 <= index < self.size:
             raise IndexError(f"index must be in [0, {self.size}), got {index}")
         rng = random.Random(f"caption/{self.seed}/{index}")
@@ -144,27 +153,6 @@ class SceneCaptions(Dataset[dict[str, Tensor]]):
         if len(ids) > self.length:
             raise ValueError(f"length must be at least {len(ids)} to hold {text!r}, got {self.length}")
         return {"input_ids": ids, "attention_mask": mask, "objects": objects, "background": background}
-
-
-def as_users_write(
-    text: str, described: Scene, names_size: list[bool], rng: random.Random
-) -> tuple[str, list[bool]]:
-    """Perhaps leave out one size, perhaps the articles; perhaps put nonsense beside or onto a word or two."""
-    if rng.random() < 0.5:
-        one = rng.randrange(len(described.objects))
-        o = described.objects[one]
-        text = text.replace(f"{o.size} {o.color} {o.shape}", f"{o.color} {o.shape}")
-        names_size = [named and i != one for i, named in enumerate(names_size)]
-    words = text.split()
-    if rng.random() < 0.5:
-        words = [word for word in words if word not in ("a", "an")]
-    for _ in range(rng.randint(0, 2)):
-        nonsense = "".join(
-            rng.choices(rng.choice((_CHARACTERS, string.ascii_lowercase)), k=rng.randint(1, 6))
-        )
-        i = rng.randrange(len(words))
-        words[i] = rng.choice((f"{words[i]}{nonsense}", f"{words[i]} {nonsense}", f"{nonsense} {words[i]}"))
-    return " ".join(words), names_size
 
 
 class SceneLogits(NamedTuple):
@@ -276,7 +264,7 @@ class SceneParsing:
     empty_rate: float = 0.05  # share of empty captions
     noise_rate: float = 0.3  # share of captions as users might write them, see `SceneCaptions`
 
-    def prepare(self, model: SceneParser, folder: Path, device: torch.device) -> SceneCaptions:
+    def prepare(self, model: SceneParser, folder: Path, accelerator: Any, stop: Any) -> SceneCaptions:
         """Make the tokenizer, of all words of the captions, and the training set."""
         drawn = (scene(index, seed=self.seed) for index in range(4000))  # enough to meet every word
         texts = (caption.text for described in drawn for caption in captions(described))
@@ -289,11 +277,15 @@ class SceneParsing:
             noise_rate=self.noise_rate,
         )
 
-    def loss(self, model: nn.Module, **batch: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, draws: Draws, **batch: Tensor) -> Tensor:
         """`scene_parsing_loss`."""
         return scene_parsing_loss(model, **batch)
 
-    def preview(self, model: nn.Module) -> None:
+    def validate(self, model: nn.Module, accelerator: Any, stop: Any) -> dict[str, float]:
+        """Nothing is measured."""
+        return {}
+
+    def preview(self, model: nn.Module, stop: Any) -> None:
         """There is no picture to show."""
 
     def export(self, model: SceneParser, folder: Path) -> None:

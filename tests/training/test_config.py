@@ -46,7 +46,10 @@ def test_the_command_line_overrides_single_values(write):
         (["train.max_steps=-1"], "train.max_steps must not be negative, got -1"),
         (["train.learning_rate=.nan"], "train.learning_rate must be finite, got nan"),
         (["train.learning_rate=fast"], "train.learning_rate must be float, got 'fast'"),
-        (["train.schedule=sometimes"], "train.schedule must be one of constant, cosine, linear, got"),
+        (
+            ["train.schedule=sometimes"],
+            "train.schedule must be one of constant, linear, cosine, cosine_with_restarts, polynomial, got",
+        ),
         (["train.betas=[0.9]"], "train.betas must be a list of 2, got [0.9]"),
         (["nonsense"], "an override must be section.key=value, got 'nonsense'"),
         (["a.b=1"], "unknown section 'a'"),
@@ -67,5 +70,5 @@ def test_missing_and_repeated_keys_are_errors(write):
 def test_a_file_that_is_no_configuration_is_an_error(write):
     with pytest.raises(ValueError, match="is not valid YAML"):
         load_config(write("model: [1, 2"))
-    with pytest.raises(ValueError, match="must hold the sections of a run, got list"):
+    with pytest.raises(ValueError, match="must hold keys and values, got list"):
         load_config(write("- 1\n- 2\n"))

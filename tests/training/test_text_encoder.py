@@ -33,7 +33,7 @@ def tokenizer() -> T5Tokenizer:
 
 
 def batch_of(data: SceneCaptions, count: int) -> dict[str, Tensor]:
-    return torch.utils.data.default_collate([data[index] for index in range(count)])
+    return torch.utils.data.default_collate([data[index, 0] for index in range(count)])
 
 
 def loud(model: nn.Module) -> nn.Module:
@@ -117,7 +117,7 @@ def said(text: str) -> tuple[dict[str, tuple[int, int, int]], int]:
 def test_targets_are_what_the_words_say(tokenizer, held_out):
     data = SceneCaptions(tokenizer, 200, held_out=held_out, empty_rate=0, noise_rate=0)
     for index in range(200):
-        item = data[index]
+        item = data[index, 0]
         objects, background = said(tokenizer.decode(item["input_ids"], skip_special_tokens=True))
         for place, target in zip(PLACES, item["objects"].tolist()):
             assert tuple(target) == objects.get(place, (0, 0, 0))
@@ -142,14 +142,14 @@ def test_pairs_come_from_their_side_of_the_split(tokenizer, held_out):
 def test_an_item_depends_on_seed_and_index_alone(tokenizer):
     seed = random.randrange(1000)
     short, long = (SceneCaptions(tokenizer, size, seed=seed) for size in (20, 40))
-    later = [long[index] for index in reversed(range(20))]
+    later = [long[index, 7] for index in reversed(range(20))]
     for index in range(20):
-        for name, tensor in short[index].items():
+        for name, tensor in short[index, 0].items():
             assert torch.equal(tensor, later[19 - index][name])
     other = SceneCaptions(tokenizer, 20, seed=seed + 1)
     assert not torch.equal(batch_of(short, 20)["input_ids"], batch_of(other, 20)["input_ids"])
     with pytest.raises(IndexError, match=r"index must be in \[0, 20\), got 20"):
-        short[20]
+        short[20, 0]
 
 
 def test_the_empty_caption_says_nothing(tokenizer):
@@ -235,7 +235,7 @@ def test_captions_count_as_parsed_only_if_all_is_right(tokenizer):
 def test_the_parser_learns_a_few_captions_by_heart(tokenizer):
     model = SceneParser(len(tokenizer), **TOY)
     batch = batch_of(SceneCaptions(tokenizer, 12, noise_rate=0), 12)
-    for name, row in zip(batch, SceneCaptions(tokenizer, 1, empty_rate=1.0)[0].values()):
+    for name, row in zip(batch, SceneCaptions(tokenizer, 1, empty_rate=1.0)[0, 0].values()):
         batch[name][0] = row
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -249,8 +249,8 @@ def test_the_parser_learns_a_few_captions_by_heart(tokenizer):
 def test_the_finished_encoder_loads_without_this_package(tmp_path: Path):
     objective = SceneParsing(captions=8)
     model = loud(SceneParser.from_config({"vocab_size": 120, **TOY}))
-    data = objective.prepare(model, tmp_path, torch.device("cpu"))
-    loss = objective.loss(model, **batch_of(data, len(data)))
+    data = objective.prepare(model, tmp_path, None, None)
+    loss = objective.loss(model, None, **batch_of(data, len(data)))
     assert loss.isfinite()
 
     objective.export(model, tmp_path)
