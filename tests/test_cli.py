@@ -6,17 +6,23 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 from PIL import Image
+from torch import nn
+from toy_clip import save_toy_clip
 from toy_pipeline import toy_pipeline, toy_transformer
 
 import localdit
 from localdit import LocalDiTPipeline, cli
 from localdit.evaluation import speed
+from localdit.evaluation.scenes import evaluation_prompts
 from localdit.pictures import Settings, read_settings
 
 
@@ -398,22 +404,205 @@ def test_train_takes_values_in_place_of_the_files(monkeypatch, capsys):
     assert "train.steps" in capsys.readouterr().err
 
 
-def test_evaluate_counts_what_is_right(model, folder, monkeypatch, capsys):
-    arguments = ["evaluate", "--scenes", "--model", model, "--count", "3", "--steps", "1", "--seed", "4"]
-    assert cli.main([*arguments, "--out", "scenes", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert (result["count"], result["seed"], result["num_inference_steps"]) == (3, 4, 1)
-    assert "scenes/scenes.json" in files(folder)
+@pytest.fixture
+def extractor(monkeypatch) -> None:
+    """A small random network in the place of the published InceptionV3."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.AvgPool2d(23), nn.Flatten(), nn.Linear(3 * 13 * 13, 8))
+    monkeypatch.setattr("localdit.evaluation.distance.load_inception", lambda weights: network)
 
-    result["one_object"]["relation"], result["two_objects"]["relation"] = None, 0.8125
-    monkeypatch.setattr("localdit.evaluation.scenes.evaluate_scenes", lambda *args, **kwargs: result)
-    assert cli.main(arguments) == 0
-    table = capsys.readouterr().out.splitlines()
+
+@pytest.fixture
+def evaluate(model, capsys):
+    """Run `localdit evaluate`, with the toy and one step where pictures are made; stdout and stderr."""
+
+    def run(*args: str, code: int = 0) -> tuple[str, str]:
+        making = [] if "--images" in args else ["--model", model, "--steps", "1"]
+        assert cli.main(["evaluate", *args, *making]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def test_evaluate_counts_what_is_right_in_scenes(evaluate, model, folder):
+    out, _ = evaluate("--scenes", "--count", "3", "--seed", "4", "--out", "scenes", "--json")
+    result = json.loads(out)
+    assert (result["count"], result["seed"], result["settings"]["steps"]) == (3, 4, 1)
+    pictures = [f"images/0000{i}.png" for i in range(3)]
+    assert files(folder) == sorted(
+        f"scenes/{name}" for name in (".lock", "grid.png", "results.json", *pictures)
+    )
+    report = json.loads(Path("scenes/results.json").read_text())
+    assert [line["file"] for line in report["pictures"]] == pictures
+    for line, seed in zip(report["pictures"], (4, 5, 6)):
+        settings = read_settings(f"scenes/{line['file']}")
+        assert (settings.prompt, settings.seed) == (line["prompt"], line["seed"]) == (line["prompt"], seed)
+    single = [len(scene.objects) == 1 for scene, _ in evaluation_prompts(3, seed=4)]
+    right = [line["count"] for line, alone in zip(report["pictures"], single) if alone]
+    assert result["one_object"]["count"] == pytest.approx(sum(right) / len(right), abs=1e-4)
+
+    out, _ = evaluate("--scenes", "--count", "3", "--seed", "4")  # the same figures, and nothing is kept
+    table = out.splitlines()
     assert table[0].split() == ["right,", "in", "%", "one", "object", "two", "objects"]
-    assert table[-1].split() == ["relation", "-", "81.2"]
+    assert table[1].split()[0] == "count"
+    assert table[-1].split()[:2] == ["relation", "-"]
+    share = result["two_objects"]["relation"]
+    assert table[-1].split()[-1] == ("-" if share is None else f"{100 * share:.1f}")
+    assert len(files(folder)) == 6
 
-    assert cli.main([*arguments, "--count", "0"]) == 2
-    assert capsys.readouterr().err == "localdit: error: --count must be at least 1, got 0\n"
+
+def test_evaluate_measures_the_same_pictures_in_several_ways(evaluate, folder, monkeypatch, extractor):
+    pytest.importorskip("torchmetrics")
+    save_toy_clip(folder / "clip")
+    Path("prompts.txt").write_text("a red circle\n\na green star\na blue square\n", encoding="utf-8")
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)
+        Path("real").mkdir(exist_ok=True)
+        Image.fromarray(noise).save(f"real/{i}.jpg")
+    Path("real/4.jpg").write_bytes(b"")
+
+    measures = ["--reference", "real", "--clip-score", "clip"]
+    out, said = evaluate("--prompts", "prompts.txt", "--num", "2", *measures, "--out", "out")
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert list(rows) == ["FID", "KID", "CLIP"]
+    assert "6 pictures against 4 of real" in rows["FID"]
+    assert "real/4.jpg is empty: left out" in said
+    assert "localdit: warning: FID of 6 pictures against 4 comes out too large" in said
+    report = json.loads(Path("out/results.json").read_text())
+    assert report["unreadable"] == {"real/4.jpg": "is empty"}
+    assert [line["prompt"] for line in report["pictures"]][1:4] == [
+        "a red circle",
+        "a green star",
+        "a green star",
+    ]
+    scores = [line["clip_score"] for line in report["pictures"]]
+    assert report["clip_score"] == pytest.approx(sum(scores) / 6)
+    assert report["settings"]["prompts"] == "prompts.txt"
+
+    # The same pictures, found in their folder, tell their prompts themselves.
+    out, _ = evaluate("--images", "out/images", *measures, "--json")
+    again = json.loads(out)
+    for name in ("fid", "kid", "clip_score"):
+        assert again[name] == pytest.approx(report[name], rel=1e-9)
+    assert "seed" not in again
+
+
+def test_a_picture_of_an_evaluation_is_the_one_that_generate_makes(evaluate, generate):
+    evaluate("--scenes", "--count", "3", "--out", "out")
+    [again] = generate("--from-png", "out/images/00001.png")
+    difference = pixels(again).astype(int) - pixels("out/images/00001.png")
+    assert abs(difference).max() <= 1  # it was one of a batch: the last bit may be rounded otherwise
+
+
+def test_evaluate_goes_on_with_what_is_there_and_mixes_nothing(evaluate, model, folder):
+    arguments = ["--scenes", "--count", "4", "--out", "out"]
+    first = json.loads(evaluate(*arguments, "--json")[0])
+    before = {name: pixels(f"out/images/{name}").tolist() for name in files(folder / "out/images")}
+    times = {path: path.stat().st_mtime_ns for path in Path("out/images").iterdir()}
+    Path("out/images/00002.png").unlink()
+    out, said = evaluate(*arguments, "--json", "--batch-size", "1")
+    assert json.loads(out) == first
+    assert "4 pictures, 3 of them there already" in said
+    kept = {path: path.stat().st_mtime_ns for path in Path("out/images").iterdir()}
+    assert [path.name for path in times if times[path] != kept[path]] == ["00002.png"]
+
+    _, said = evaluate(*arguments, "--guidance", "3", code=2)
+    assert said == (
+        "localdit: error: out/images/00000.png was made with guidance 7.0, and this evaluation has 3.0: "
+        "choose another folder for this evaluation\n"
+    )
+    assert {name: pixels(f"out/images/{name}").tolist() for name in before} == before
+
+
+def test_evaluate_writes_what_the_judge_of_geneval_reads(evaluate, folder):
+    lines = [
+        {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "red"}], "prompt": "a red star"},
+        {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a circle\u2028"},
+        {"tag": "counting", "prompt": "two stars"},
+    ]
+    Path("geneval.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    out, _ = evaluate(
+        "--geneval", "geneval.jsonl", "--count", "2", "--num", "3", "--seed", "9", "--out", "out"
+    )
+    assert out == "6 pictures in out/images\n"
+    samples = [f"{p:05}/samples/{i:04}.png" for p in range(2) for i in range(3)]
+    metadata = [f"{p:05}/metadata.jsonl" for p in range(2)]
+    assert files(folder / "out/images") == sorted(samples + metadata)
+    for name, line in zip(metadata, lines):
+        assert json.loads(Path("out/images", name).read_text(encoding="utf-8")) == line
+    settings = [read_settings(f"out/images/{name}") for name in samples]
+    assert [s.seed for s in settings] == list(range(9, 15))
+    assert [s.prompt for s in settings] == ["a red star"] * 3 + ["a circle\u2028"] * 3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "one of the arguments --scenes --prompts --geneval --images is required"),
+        (["--scenes", "--images", "real"], "argument --images: not allowed with argument --scenes"),
+        (["--scenes", "--count", "0"], "--count must be at least 1, got 0"),
+        (["--scenes", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--scenes", "--num", "2"], "--num is for --prompts and --geneval; the scenes have --count"),
+        (["--scenes", "--seed", "-1"], "seed must be a whole number from 0"),
+        (
+            ["--scenes", "--inception", "w.pth"],
+            "--inception is for FID and KID, whose --reference is not given",
+        ),
+        (
+            ["--images", "real"],
+            "there is nothing to measure: add --reference FOLDER (FID and KID) or --clip-score",
+        ),
+        (["--prompts", "p.txt", "--out", "o"], "there is nothing to measure: add --reference"),
+        (["--prompts", "p.txt", "--reference", "r"], "--out must name the folder for the pictures"),
+        (["--geneval", "g.jsonl"], "--out must name the folder for the pictures"),
+        (["--geneval", "g.jsonl", "--out", "o"], "g.jsonl: No such file or directory"),
+        (
+            ["--images", "r", "--steps", "3", "--clip-score"],
+            "--steps says how pictures are made, and those of",
+        ),
+        (["--images", "r", "--reference", "r"], "r is no folder"),
+        (["--scenes", "--reference", "r"], "r is no folder"),
+        (
+            ["--scenes", "--model", "missing/folder/"],
+            "there is no folder missing/folder/, and it is no hub name",
+        ),
+        (["--scenes", "--clip-score", "missing/folder/"], "no CLIP could be loaded from missing/folder/"),
+    ],
+)
+def test_evaluate_says_what_is_wrong_before_anything_is_made(args, message, folder, monkeypatch, capsys):
+    monkeypatch.setattr(cli.evaluate, "load_pipeline", lambda *args: pytest.fail("a model was loaded"))
+    try:
+        code = cli.main(["evaluate", *args])
+    except SystemExit as exit_:
+        code = exit_.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith(f"localdit: error: {message}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["a red star", '{"tag": "colors"}', "[1]", '{"prompt": 3}'])
+def test_geneval_prompts_that_are_none_are_named(line, capsys):
+    Path("g.jsonl").write_text('{"prompt": "a"}\n' + line)
+    assert cli.main(["evaluate", "--geneval", "g.jsonl", "--out", "o"]) == 2
+    assert (
+        'g.jsonl, line 2 must be a JSON object with a text as "prompt", got ' + line
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(model, folder):
+    """Each makes every other picture; the first measures them all."""
+    arguments = ["evaluate", "--scenes", "--count", "5", "--steps", "1", "--model", model, "--json", "--out"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "localdit.cli"]
+    one, two = (
+        subprocess.run([sys.executable, *how, *arguments, out], check=True, capture_output=True, text=True)
+        for how, out in ((["-m", "localdit.cli"], "one"), (launch, "two"))
+    )
+    assert json.loads(one.stdout) == json.loads(two.stdout)
+    for name in files(folder / "one/images"):
+        assert (pixels(f"one/images/{name}") == pixels(f"two/images/{name}")).all()
 
 
 def test_benchmark_prints_a_table_or_json(monkeypatch, capsys):

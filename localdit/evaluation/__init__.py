@@ -1,1 +1,1 @@
-"""What a model is worth, in numbers: agreement with the prompt, and speed."""
+"""What a model is worth, in numbers: likeness to real pictures, agreement with the prompt, and speed."""

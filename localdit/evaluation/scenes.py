@@ -1,18 +1,15 @@
 """Scene accuracy: does a picture show what its prompt says, in combinations never trained on?"""
 
-import json
 import random
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
 
 from localdit.data.scenes import Caption, Scene, SceneObject, canonical, captions, detect, scene
+from localdit.evaluation.generation import draw
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,11 @@ class Verdict:
     def attributes(self) -> bool:
         """Every colour, shape and stated size."""
         return self.colors and self.shapes and self.sizes is not False
+
+    @property
+    def wrong(self) -> list[str]:
+        """The respects in which the picture is not what the prompt says."""
+        return [name for name, right in vars(self).items() if right is False]
 
 
 def judge(described: Scene, caption: Caption, picture: Image.Image) -> Verdict:
@@ -77,45 +79,14 @@ def evaluation_prompts(count: int, seed: int) -> Iterator[tuple[Scene, Caption]]
             yield described, random.Random(f"{seed}/{index}/evaluation").choice(captions(described))
 
 
-def evaluate_scenes(
-    pipeline: Any,
-    *,
-    count: int = 256,
-    seed: int = 1,
-    batch_size: int = 32,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    out: Path | None = None,
-) -> dict[str, Any]:
-    """Generate pictures of held-out scenes and count what is right in them.
-
-    Args:
-        pipeline: A pipeline that takes prompts of the scenes.
-        count: Prompts, half with one object and half with two.
-        seed: Of the prompts; picture i has its own generator, seeded seed + i.
-        batch_size: Pictures at a time. The result does not depend on it.
-        num_inference_steps: None for the pipeline's default.
-        guidance_scale: None for the pipeline's default.
-        out: Folder for `scenes.json`, every prompt and verdict, and `scenes.png`, a grid of the first 64.
-
-    Returns:
-        `one_object` and `two_objects`: the share of pictures right in each respect.
-    """
-    options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    options = {name: value for name, value in options.items() if value is not None}
-    prompts = list(evaluation_prompts(count, seed))
-    pipeline.set_progress_bar_config(disable=True)
-    pictures: list[Image.Image] = []
-    for start in tqdm(range(0, count, batch_size), desc="scenes", unit="batch"):
-        texts = [caption.text for _, caption in prompts[start : start + batch_size]]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
-        pictures += pipeline(texts, generator=generators, **options).images
-    verdicts = [judge(*prompt, picture) for prompt, picture in zip(prompts, pictures)]
-
-    result: dict[str, Any] = {"count": count, "seed": seed, **options}
+def scene_accuracy(
+    described: Sequence[tuple[Scene, Caption]], verdicts: Sequence[Verdict]
+) -> dict[str, dict[str, float | None]]:
+    """The share of pictures that are right in each respect, of `one_object` and of `two_objects`."""
+    shares = {}
     for name, objects in (("one_object", 1), ("two_objects", 2)):
-        of_kind = [v for (described, _), v in zip(prompts, verdicts) if len(described.objects) == objects]
-        result[name] = {
+        of_kind = [v for (about, _), v in zip(described, verdicts) if len(about.objects) == objects]
+        shares[name] = {
             "count": _share([v.count for v in of_kind]),
             "color": _share([v.colors for v in of_kind]),
             "shape": _share([v.shapes for v in of_kind]),
@@ -125,17 +96,45 @@ def evaluate_scenes(
             "background": _share([v.background for v in of_kind]),
             "relation": _share([v.relation for v in of_kind]),
         }
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        rows = [{"prompt": c.text, **asdict(v)} for (_, c), v in zip(prompts, verdicts)]
-        (out / "scenes.json").write_text(json.dumps({**result, "pictures": rows}, indent=1))
-        shown = min(64, count // 8 * 8)
-        if shown:
-            make_image_grid(pictures[:shown], rows=shown // 8, cols=8).save(out / "scenes.png")
-    return result
+    return shares
 
 
 def _share(values: list[bool | None]) -> float | None:
     """Of those that are not None, the share that is true."""
     known = [value for value in values if value is not None]
     return round(sum(known) / len(known), 4) if known else None
+
+
+def evaluate_scenes(
+    pipeline: Any,
+    *,
+    count: int = 256,
+    seed: int = 1,
+    batch_size: int = 32,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> dict[str, Any]:
+    """Generate pictures of held-out scenes and count what is right in them, without keeping any.
+
+    Args:
+        pipeline: A pipeline that takes prompts of the scenes.
+        count: Prompts, half with one object and half with two.
+        seed: Of the prompts; picture i has its own generator, seeded seed + i.
+        batch_size: Pictures at a time. The result does not depend on it.
+        num_inference_steps: None for the pipeline's default.
+        guidance_scale: None for the pipeline's default.
+
+    Returns:
+        `one_object` and `two_objects`: the share of pictures right in each respect.
+    """
+    options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    options = {name: value for name, value in options.items() if value is not None}
+    described = list(evaluation_prompts(count, seed))
+    pipeline.set_progress_bar_config(disable=True)
+    verdicts: list[Verdict] = []
+    for start in tqdm(range(0, count, batch_size), desc="scenes", unit="batch"):
+        batch = described[start : start + batch_size]
+        seeds = range(seed + start, seed + start + len(batch))
+        pictures = draw(pipeline, [caption.text for _, caption in batch], seeds, **options)
+        verdicts += [judge(*asked, picture) for asked, picture in zip(batch, pictures)]
+    return {"count": count, "seed": seed, **options, **scene_accuracy(described, verdicts)}
