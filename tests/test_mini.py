@@ -43,27 +43,27 @@ def test_it_is_the_architecture_and_not_a_toy_of_its_own(mini):
     assert {block.shift for block in local} == {0, 1, 2, 3}
 
 
-def test_the_first_prompt_of_the_readme_puts_the_colors_where_they_belong_quickly(mini):
+def test_the_first_prompt_of_the_readme_gives_a_right_picture_quickly(mini):
     started = time.monotonic()
     pictures = mini(
         "a red circle left of a blue square",
         num_images_per_prompt=4,
         generator=seeds(0, 1, 2, 3),
-        guidance_scale=3.0,
     ).images
     assert time.monotonic() - started < 60  # four of them
     found = [detect(picture) for picture in pictures]
-    right = [[o.color for o in f.objects] == ["red", "blue"] and f.relation == "left of" for f in found]
-    assert sum(right) >= 3
+    looks = [("red", "circle"), ("blue", "square")]
+    right = [[(o.color, o.shape) for o in f.objects] == looks and f.relation == "left of" for f in found]
+    assert sum(right) == 4
 
 
 def test_prompts_of_held_out_combinations_are_followed(mini):
-    """Colours, places and backgrounds are. Shapes are not yet, and the model card says so."""
+    """As the model card says of 256, with room for the chance in 32."""
     result = evaluate_scenes(mini, count=32, seed=11, guidance_scale=3.0)
-    assert result["one_object"]["color"] >= 0.8
-    assert result["one_object"]["background"] >= 0.8
-    assert result["two_objects"]["count"] >= 0.8
-    assert result["two_objects"]["relation"] >= 0.5
+    assert result["one_object"]["color and shape"] >= 0.75
+    assert result["one_object"]["background"] == 1
+    assert result["two_objects"]["all attributes"] >= 0.55
+    assert result["two_objects"]["relation"] >= 0.9
 
 
 def test_capitals_and_spaces_do_not_matter(mini):
@@ -100,20 +100,17 @@ def edits(mini) -> list[tuple[Scene, str, Scene, dict[float, Scene]]]:
 
 
 def test_a_low_strength_keeps_the_layout(edits):
+    """The object stays where it was; what it looks like is up to the prompt from a low strength on."""
     kept = [(source.objects[0], results[0.2].objects) for source, _, _, results in edits]
     still_there = [
-        len(found) == 1
-        and abs(found[0].x - o.x) < 0.05
-        and abs(found[0].y - o.y) < 0.05
-        and found[0].shape == o.shape
-        for o, found in kept
+        len(found) == 1 and abs(found[0].x - o.x) < 0.05 and abs(found[0].y - o.y) < 0.05 for o, found in kept
     ]
-    assert sum(still_there) >= 6
+    assert sum(still_there) >= 7
 
 
 def test_a_high_strength_follows_the_prompt(edits):
     followed = [
-        [o.color for o in results[0.95].objects] == [o.color for o in wanted.objects]
+        [(o.color, o.shape) for o in results[0.95].objects] == [(o.color, o.shape) for o in wanted.objects]
         for _, _, wanted, results in edits
     ]
     assert sum(followed) >= 6
