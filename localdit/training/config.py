@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +188,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML whose repeated keys are errors, and where 1e-4 is a number (YAML 1.1 takes it for text)."""
+    """YAML whose repeated keys are errors, where 1e-4 is a number and `no` a word (not so in YAML 1.1)."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
@@ -205,4 +206,13 @@ def _construct_scalar(loader: yaml.SafeLoader, node: Any) -> Any:
         return text
 
 
+# As in YAML 1.2 only true and false are truth values: `mixed_precision: no` means the word.
+_BOOL = "tag:yaml.org,2002:bool"
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != _BOOL]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_UniqueKeyLoader.add_implicit_resolver(
+    _BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)

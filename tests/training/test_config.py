@@ -72,3 +72,9 @@ def test_a_file_that_is_no_configuration_is_an_error(write):
         load_config(write("model: [1, 2"))
     with pytest.raises(ValueError, match="must hold keys and values, got list"):
         load_config(write("- 1\n- 2\n"))
+
+
+def test_no_is_a_word_and_true_is_none(write):
+    overrides = ["train.mixed_precision=no", "train.compile=true", "train.gradient_checkpointing=False"]
+    options = load_config(write(MINIMAL), overrides).train
+    assert (options.mixed_precision, options.compile, options.gradient_checkpointing) == ("no", True, False)
