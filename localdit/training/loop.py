@@ -6,6 +6,7 @@ take the steps that one would.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 import localdit
 from localdit.data.images import BadSample
 from localdit.data.samples import Samples
-from localdit.files import locked
+from localdit.files import locked, staged_folder
 from localdit.training import text_encoder
 from localdit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from localdit.training.config import Config, LoraConfig, TrainConfig
@@ -249,13 +250,17 @@ def add_lora(model: Any, lora: LoraConfig) -> None:
 
 
 def export(config: Config, objective: Any, weights: dict[str, Tensor], device: torch.device) -> None:
-    """Write the finished model, rebuilt whole from its weights."""
+    """Write the finished model, rebuilt whole from its weights, with a manifest."""
     model = starting_model(config)
     own = trained(model)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-    objective.export(model.to(device).eval(), Path(config.output_dir) / "final")
+    target = Path(config.output_dir) / "final"
+    if target.exists():  # the name says that it may go; whoever locks the folder next clears it away
+        target.rename(target.with_name(f"replaced.tmp-{os.getpid()}"))
+    with staged_folder(target) as staged:
+        objective.export(model.to(device).eval(), staged)
 
 
 class Items(Dataset[tuple[int, Any]]):
