@@ -90,7 +90,7 @@ def refusal_of_a_folder_helps(folder: Path, trials: int) -> Outcome:
 def helpful(folder: Path, trials: int, entries: tuple[str, ...]) -> Outcome:
     messages = [message for _, _, _, message in attempt_all(folder, trials, entries)]
     helps = ["safetensors" in message or "again" in message for message in messages]
-    return Outcome(len(helps), sum(helps), f"in {', '.join(entries)}")
+    return Outcome(len(helps), sum(helps), "; ".join(entries))
 
 
 def attempt_all(
