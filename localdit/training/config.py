@@ -73,7 +73,14 @@ class TrainConfig:
     validate_every: int | None = None  # steps; None measures no validation loss
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation", "log_every", "save_every"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation",
+            "log_every",
+            "save_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
 

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def train(config: Config, resume: str = "auto") -> Path:
             if done % options.save_every == 0 or done == options.max_steps or stopping:
                 tensors, values = capture(bare_model, ema, optimizer)
                 if accelerator.is_main_process and not failing:
-                    save_checkpoint(run, done, tensors, {"step": done, **values}, options.keep_checkpoints)
+                    values |= {"samples": done * batch_size, "learning_rate": rate(step)}
+                    values["config"] = asdict(config)
+                    save_checkpoint(run, done, tensors, values, options.keep_checkpoints)
                 accelerator.wait_for_everyone()
             if failing:
                 raise FloatingPointError(
