@@ -11,7 +11,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -53,11 +53,18 @@ class ShardCache:
             return self._open(path)
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f"{digest[:2]}.lock"):  # few files, though two shards may share one
-            if not path.exists():
+            with suppress(FileNotFoundError):
+                return self._open(path)
+            for leftover in self.folder.glob(f"{digest[:2]}*.tar.tmp-*"):
+                leftover.unlink()  # of a killed process: a living one would hold the lock
+            with ExitStack() as room:
                 with staged_file(path) as staged:
                     fetch(staged)
+                    # Nobody makes room between a shard's appearance under its name and its being open.
+                    room.enter_context(FileLock(self.folder / "room.lock"))
+                file = self._open(path)
                 self._make_room(path)
-            return self._open(path)
+                return file
 
     def _open(self, path: Path) -> BinaryIO:
         file = path.open("rb")  # another process may remove it from now on: what is open stays
@@ -68,14 +75,14 @@ class ShardCache:
 
     def _make_room(self, newest: Path) -> None:
         found = []
-        for path in self.folder.glob("*.tar*"):
+        for path in self.folder.glob("*.tar*"):  # those on their way take room too
             try:
                 found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
             except FileNotFoundError:
                 continue  # removed by another process
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if total > self.limit and path != newest:
+            if total > self.limit and path.suffix == ".tar" and path != newest:
                 path.unlink(missing_ok=True)
                 total -= size
 

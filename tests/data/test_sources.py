@@ -15,6 +15,8 @@ import sys
 import tarfile
 import textwrap
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from localdit.data import index as index_module
 from localdit.data.images import BadSample, decode_image
 from localdit.data.records import MAX_CAPTION_BYTES
 from localdit.data.scenes import captions, detect, scene
+from localdit.data.shards import ShardCache
 from localdit.data.sources import Bad, Source, open_source
 
 
@@ -755,6 +758,22 @@ def test_the_cache_of_shards_is_bounded(opened, folder, tmp_path):
     fetched = log.read_text().split()[4:]
     assert fetched.count("0") <= 1
     assert len(fetched) <= 4
+
+
+def test_threads_share_a_cache_that_is_too_small_for_their_shards(tmp_path):
+    def fetch(i: int, path: Path) -> None:
+        time.sleep(0.001)
+        path.write_bytes(bytes([i]) * 1_000)
+
+    def read(i: int) -> bytes:
+        with ShardCache(str(tmp_path), 2_500e-9).open(f"{i}", partial(fetch, i)) as file:
+            return file.read()
+
+    leftover = write(tmp_path / f"{hashlib.sha256(b'0').hexdigest()[:32]}.tar.tmp-1", "of a killed process")
+    shards = [i % 5 for i in range(80)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, shards)) == [bytes([i]) * 1_000 for i in shards]
+    assert not leftover.exists()
 
 
 def test_shards_that_cannot_be_fetched_are_named_and_the_others_kept(opened, folder, tmp_path):
