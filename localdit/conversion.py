@@ -14,8 +14,10 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
+from localdit.files import flush
 from localdit.models.local_dit import LocalDiTTransformer2DModel
-from localdit.models.single_file import SingleFileReport, flush, load_single_file, read_state_dict, settle
+from localdit.models.local_dit_single_file import load_single_file
+from localdit.models.single_file import SingleFileReport, read_state_dict
 from localdit.pipelines.local_dit import LocalDiTPipeline
 
 # What the published model works with. "madebyollin/sdxl-vae-fp16-fix" is this VAE tuned further, to run in
@@ -325,8 +327,11 @@ def _staged_folder(target: Path, overwrite: bool, sources: list[Path]) -> Iterat
     staged.mkdir()
     try:
         yield staged
+        mode = staged.stat().st_mode & 0o666  # as any new file here; safetensors makes its own private
         for path in sorted(staged.rglob("*")):
-            flush(path) if path.is_dir() else settle(path)
+            if path.is_file():
+                path.chmod(mode)
+            flush(path)
         flush(staged)
         if target.exists():
             target.rename(old)

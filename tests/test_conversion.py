@@ -13,7 +13,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from localdit import conversion
 from localdit.conversion import assemble_pipeline, convert, published_scheduler
 from localdit.models.local_dit import LocalDiTTransformer2DModel
-from localdit.models.single_file import to_published
+from localdit.models.local_dit_single_file import to_published
 from localdit.pipelines.local_dit import LocalDiTPipeline
 
 TOY = {

@@ -30,7 +30,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from localdit.models.single_file import SingleFileMixin
+from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
 
 # B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   T text tokens
 # D width   A heads   d = D/A head width   G windows   S tokens per window   M = G*S window slots
@@ -570,7 +570,7 @@ class TextContext:
 
 
 class LocalDiTTransformer2DModel(
-    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, SingleFileMixin
+    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, LocalDiTSingleFileMixin
 ):
     """The LocalDiT transformer. The defaults are the published 0.52 B model.
 
