@@ -2,9 +2,8 @@
 
 import inspect
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
-from localdit.files import flush
+from localdit.files import staged_folder
 from localdit.models.local_dit import LocalDiTTransformer2DModel
 from localdit.models.local_dit_single_file import load_single_file
 from localdit.models.single_file import SingleFileReport, read_state_dict
@@ -87,7 +86,7 @@ def convert(
         model, report = _load_transformer(source, global_context, seed, dtype, config_overrides)
         model.save_single_file(target)
     else:
-        with _staged_folder(target, overwrite, sources=[source]) as folder:
+        with _writing(target, overwrite, sources=[source]) as folder:
             model, report = _load_transformer(source, global_context, seed, dtype, config_overrides)
             model.save_pretrained(folder)
     return ConversionReport(target, report.parameters, report.found, report.dropped, (report.chosen,))
@@ -124,7 +123,7 @@ def assemble_pipeline(
     names = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
     names |= {} if scheduler is None else {"scheduler": scheduler}
     sources = [Path(name) for name in (transformer, *names.values())]
-    with _staged_folder(target, overwrite, sources) as folder:
+    with _writing(target, overwrite, sources) as folder:
         pipe, report = load_parts(
             transformer, **names, global_context=global_context, seed=seed, dtype=dtype, **config_overrides
         )
@@ -313,44 +312,18 @@ def _check_fit(
 # --- Writing ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _staged_folder(target: Path, overwrite: bool, sources: list[Path]) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when the block ends well and vanishes when it does not.
+def _writing(target: Path, overwrite: bool, sources: list[Path]) -> AbstractContextManager[Path]:
+    """`staged_folder`, once it is found that `target` may be written.
 
     Raises:
         ValueError: `target` is a file; or it holds something, and `overwrite` does not allow it, or it is no
             model, or one of the sources is in it.
     """
-    _check_target(target, overwrite, sources)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged, old = (target.with_name(f".{target.name}.{os.getpid()}.{age}.tmp") for age in ("new", "old"))
-    staged.mkdir()
-    try:
-        yield staged
-        mode = staged.stat().st_mode & 0o666  # as any new file here; safetensors makes its own private
-        for path in sorted(staged.rglob("*")):
-            if path.is_file():
-                path.chmod(mode)
-            flush(path)
-        flush(staged)
-        if target.exists():
-            target.rename(old)
-        staged.rename(target)
-        flush(target.parent)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool, sources: list[Path]) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"target must be a folder, got the file {target}")
-    if not target.exists() or not any(target.iterdir()):
-        return
+    replace = target.exists()
+    if not replace or not any(target.iterdir()):
+        return staged_folder(target, replace)
     if not overwrite:
         raise ValueError(f"target must be empty or new without overwrite=True, got {target}")
     if not any((target / name).is_file() for name in ("config.json", "model_index.json")):
@@ -358,3 +331,4 @@ def _check_target(target: Path, overwrite: bool, sources: list[Path]) -> None:
     for source in sources:
         if source.exists() and source.resolve().is_relative_to(target.resolve()):
             raise ValueError(f"target must not hold what it is made from, got {target} and {source}")
+    return staged_folder(target, replace)

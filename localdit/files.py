@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,23 @@ MANIFEST = "MANIFEST.json"  # {"files": {"part/name": {"bytes": 12, "sha256": ".
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """An empty folder beside `target`, `<name>.tmp-<pid>`, which becomes `target` when the block ends well.
 
     By then every file in it is on the disk and listed in its `MANIFEST.json`, which is written last. An
     exception leaves nothing behind; a kill leaves the `.tmp-` folder, which nobody takes for a `target`.
 
+    Args:
+        replace: A folder that is `target` already gives way, and is then deleted. Two renames do it. A kill
+            between them leaves no `target`, but both folders, whole: the new one as `<name>.tmp-<pid>`, the
+            old one as `<name>.replaced-<pid>`, which nobody clears away. An exception puts the old one back.
+
     Raises:
-        FileExistsError: There is a `target` already, or another process has made one in the meantime.
+        FileExistsError: There is a `target` already that is not to be replaced, or no folder; or another
+            process has made one in the meantime.
     """
-    _refuse_existing(target)
+    if not (replace and target.is_dir() and not target.is_symlink()):
+        _refuse_existing(target)
     _make_folder(target.parent)
     staged = _staged(target)
     shutil.rmtree(staged, ignore_errors=True)  # of a killed process that had the same number
@@ -52,12 +59,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
         (staged / MANIFEST).write_text(json.dumps({"files": _describe(staged)}, indent=1), encoding="utf-8")
         flush(staged / MANIFEST)
         flush(staged)
-        try:
-            staged.rename(target)
-        except OSError:
-            _refuse_existing(target)
-            raise
-        flush(target.parent)
+        with _out_of_the_way(target) if replace else nullcontext():
+            try:
+                staged.rename(target)
+            except OSError:
+                _refuse_existing(target)
+                raise
+            flush(target.parent)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
@@ -65,12 +73,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """A file beside `target`, `<name>.tmp-<pid>`, to fill. It replaces `target` when the block ends well.
+    """A file beside `target`, `.<name>.tmp-<pid>`, to fill. It replaces `target` when the block ends well.
 
-    An exception leaves `target` as it was and nothing else behind.
+    An exception leaves `target` as it was and nothing else behind. A kill leaves the file: hidden, since
+    programs that go through a folder may look at how a name begins (`12.png`) and not at how it ends.
     """
     _make_folder(target.parent)
-    staged = _staged(target)
+    staged = _staged(target.with_name(f".{target.name}"))
     try:
         staged.touch()
         mode = staged.stat().st_mode & 0o666  # as any new file here; safetensors makes its own private
@@ -174,6 +183,22 @@ def _sha256(path: Path) -> str:
 
 def _staged(target: Path) -> Path:
     return target.with_name(f"{target.name}.tmp-{os.getpid()}")
+
+
+@contextmanager
+def _out_of_the_way(target: Path) -> Iterator[None]:
+    """Move a folder aside, if it is there, while another takes its place; delete it, or put it back."""
+    old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    if target.is_dir():
+        shutil.rmtree(old, ignore_errors=True)  # by a killed process of the same number; superseded
+        target.rename(old)
+    try:
+        yield
+    finally:
+        if old.is_dir() and not target.exists():
+            old.rename(target)
+        elif old.is_dir():  # under a name that is cleared away if this is killed
+            shutil.rmtree(old.rename(_staged(old)), ignore_errors=True)
 
 
 def _refuse_existing(target: Path) -> None:

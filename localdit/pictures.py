@@ -6,7 +6,6 @@ Imports no PyTorch, so that a command can look at its files before it loads anyt
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from localdit.data.images import FORMATS as FORMATS
 from localdit.data.images import BadSample, decode_image, open_image
+from localdit.files import staged_file
 
 KEY = "localdit"  # of the settings among the texts of a PNG
 DTYPES = ("float32", "bfloat16", "float16")
@@ -145,12 +145,8 @@ def write_png(picture: Image.Image, path: Path, settings: Settings, made_with: d
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(dataclasses.asdict(settings) | {"made_with": made_with}))
     info.add_itxt("parameters", _summary(settings, made_with, picture.size))
-    unfinished = path.with_name(f".localdit-{os.getpid()}.tmp")
-    try:
-        picture.save(unfinished, format="PNG", pnginfo=info)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with staged_file(path) as staged:
+        picture.save(staged, format="PNG", pnginfo=info)
 
 
 def _summary(settings: Settings, made_with: dict[str, str], size: tuple[int, int]) -> str:

@@ -7,13 +7,14 @@ import stat
 import subprocess
 import sys
 import textwrap
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import save_file
 
-from localdit.files import MANIFEST, flush, locked, problems, staged_file, staged_folder
+from localdit.files import MANIFEST, STAGED, flush, locked, problems, staged_file, staged_folder
 
 
 def fill(folder: Path) -> dict[str, bytes]:
@@ -91,6 +92,101 @@ def test_what_a_killed_process_of_the_same_number_left_is_not_mixed_in(tmp_path)
     assert names(tmp_path / "target") == [MANIFEST, "fresh"]
 
 
+def replacement(target: Path, name: str, content: str) -> AbstractContextManager[Path]:
+    """A folder in the place of another, with one file, about to be finished."""
+    staging = staged_folder(target, replace=True)
+    (staging.__enter__() / name).write_text(content)
+    return staging
+
+
+def test_a_folder_gives_way_to_its_replacement_whole_and_at_the_end(tmp_path):
+    target = tmp_path / "target"
+    for name in ("first", "second"):
+        staging = replacement(target, name, name)
+        assert target.exists() == (name == "second")
+        assert name == "first" or names(target) == [MANIFEST, "first"]
+        staging.__exit__(None, None, None)
+        assert names(target) == [MANIFEST, name]
+        assert names(tmp_path) == ["target"]
+    assert problems(target) == []
+
+
+def test_a_failed_replacement_leaves_the_old_folder(tmp_path, monkeypatch):
+    """Whether it fails while it is written, or at the last rename."""
+    target = tmp_path / "target"
+    replacement(target, "file", "old").__exit__(None, None, None)
+    with pytest.raises(KeyboardInterrupt), staged_folder(target, replace=True):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["target"]
+
+    rename = Path.rename
+
+    def full(self, new):
+        if self.name == f"target.tmp-{os.getpid()}":
+            raise OSError("disk full")
+        return rename(self, new)
+
+    staging = replacement(target, "file", "new")
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="disk full"):
+        staging.__exit__(None, None, None)
+    assert names(tmp_path) == ["target"]
+    assert (target / "file").read_text() == "old"
+    assert problems(target) == []
+
+
+@pytest.mark.parametrize("calls", range(5))
+def test_a_kill_at_any_rename_leaves_the_old_folder_or_the_new_one_whole(tmp_path, calls):
+    """A kill before each rename and after the last; then another process clears up, and replaces again."""
+    target = tmp_path / "target"
+    replacement(target, "file", "old").__exit__(None, None, None)
+    script = f"""
+        import os, shutil
+        from pathlib import Path
+        from localdit.files import staged_folder
+
+        calls = []
+
+        def dying(act):
+            def call(*args, **kwargs):
+                if len(calls) == {calls}:
+                    os._exit(9)
+                calls.append(act)
+                return act(*args, **kwargs)
+            return call
+
+        with staged_folder(Path("target"), replace=True) as staged:
+            (staged / "file").write_text("new")
+            os.rename = dying(os.rename)
+            shutil.rmtree = dying(shutil.rmtree)
+        os._exit(9)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, check=False)
+    assert killed.returncode == 9
+    left = sorted(path for path in tmp_path.iterdir() if not STAGED.fullmatch(path.name))
+    assert left[0].name.split("-")[0] == ("target.replaced" if calls == 2 else "target")
+    assert (left[0] / "file").read_text() == ("new" if calls > 2 else "old")
+    assert problems(left[0]) == []
+    if calls == 2:
+        (new,) = (path for path in tmp_path.iterdir() if path not in left)
+        assert (new / "file").read_text() == "new"
+        assert problems(new) == []
+
+    with locked(tmp_path):
+        replacement(target, "file", "newer").__exit__(None, None, None)
+    assert (target / "file").read_text() == "newer"
+
+
+def test_what_is_no_folder_is_not_replaced(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "link"):
+        with pytest.raises(FileExistsError):
+            staged_folder(tmp_path / name, replace=True).__enter__()
+    assert names(tmp_path) == ["file", "folder", "link"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
 def test_files_can_be_read_by_those_who_may_read_new_files(tmp_path):
     """safetensors makes its files private."""
@@ -115,7 +211,10 @@ def test_a_staged_file_replaces_its_target_or_leaves_it(tmp_path):
         staged.write_text("one")
         assert not target.exists()
     staging = staged_file(target)
-    staging.__enter__().write_text("two")
+    half = staging.__enter__()
+    half.write_text("two")
+    assert half.name == f".latest.tmp-{os.getpid()}"
+    assert STAGED.fullmatch(half.name)
     assert staging.__exit__(OSError, OSError("full"), None) is not True
     assert target.read_text() == "one"
     assert names(target.parent) == ["latest"]

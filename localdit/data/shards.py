@@ -55,7 +55,7 @@ class ShardCache:
         with FileLock(self.folder / f"{digest[:2]}.lock"):  # few files, though two shards may share one
             with suppress(FileNotFoundError):
                 return self._open(path)
-            for leftover in self.folder.glob(f"{digest[:2]}*.tar.tmp-*"):
+            for leftover in self.folder.glob(f".{digest[:2]}*.tar.tmp-*"):
                 leftover.unlink()  # of a killed process: a living one would hold the lock
             with ExitStack() as room:
                 with staged_file(path) as staged:

@@ -1,7 +1,6 @@
 """What a run tells: a line of JSON every few steps, trackers, a progress bar, previews, unusable samples."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from localdit.files import staged_file
 from localdit.training.config import Config
 
 logger = logging.get_logger(__name__)
@@ -93,9 +93,8 @@ class Journal:
     def preview(self, step: int, picture: Image.Image | None) -> None:
         """Write a preview, if there is one."""
         if picture is not None and self.accelerator.is_main_process:
-            path = self.folder / f"preview-{step:08d}.png"
-            picture.save(staged := path.with_suffix(f".tmp-{os.getpid()}"), format="PNG")
-            staged.replace(path)
+            with staged_file(self.folder / f"preview-{step:08d}.png") as staged:
+                picture.save(staged, format="PNG")
 
     def _write(self, step: int, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

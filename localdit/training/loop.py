@@ -6,7 +6,6 @@ take the steps that one would.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -259,10 +258,7 @@ def export(config: Config, objective: Any, weights: dict[str, Tensor], device: t
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-    target = Path(config.output_dir) / "final"
-    if target.exists():  # the name says that it may go; whoever locks the folder next clears it away
-        target.rename(target.with_name(f"replaced.tmp-{os.getpid()}"))
-    with staged_folder(target) as staged:
+    with staged_folder(Path(config.output_dir) / "final", replace=True) as staged:
         objective.export(model.to(device).eval(), staged)
 
 

@@ -769,7 +769,7 @@ def test_threads_share_a_cache_that_is_too_small_for_their_shards(tmp_path):
         with ShardCache(str(tmp_path), 2_500e-9).open(f"{i}", partial(fetch, i)) as file:
             return file.read()
 
-    leftover = write(tmp_path / f"{hashlib.sha256(b'0').hexdigest()[:32]}.tar.tmp-1", "of a killed process")
+    leftover = write(tmp_path / f".{hashlib.sha256(b'0').hexdigest()[:32]}.tar.tmp-1", "of a killed process")
     shards = [i % 5 for i in range(80)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read, shards)) == [bytes([i]) * 1_000 for i in shards]

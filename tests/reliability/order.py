@@ -70,8 +70,8 @@ def misplaced(folder: Path, name: str, pruned: str, calls: list[tuple[str, ...]]
         ("sync", f"{run}/{name}.tmp", "folder"),
         ("rename", f"{run}/{name}.tmp", f"{run}/{name}"),
         ("sync", run, "folder"),
-        ("sync", f"{run}/latest.tmp", latest),
-        ("replace", f"{run}/latest.tmp", f"{run}/latest"),
+        ("sync", f"{run}/.latest.tmp", latest),
+        ("replace", f"{run}/.latest.tmp", f"{run}/latest"),
         ("sync", run, "folder"),
     ]
     if int(pruned.removeprefix("step-")) >= 0:
