@@ -53,11 +53,13 @@ class Journal:
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
         ) as self.bar:
-            for step in steps:
-                yield step
-                self.bar.update()
-        if self.options.log_with:
-            self.accelerator.end_training()
+            try:
+                for step in steps:
+                    yield step
+                    self.bar.update()
+            finally:  # also of a run that is stopped: trackers write what they still hold
+                if self.options.log_with:
+                    self.accelerator.end_training()
 
     def pass_over(self, name: str, reason: str) -> None:
         """Note a sample that cannot be used.

@@ -108,6 +108,22 @@ def assert_same(left: dict, right: dict) -> None:
             assert torch.equal(tensor, right[part][name]), f"{part}: {name}"
 
 
+def test_a_tracker_gets_what_the_log_gets(frozen, tmp_path):
+    """Read from TensorBoard's files by TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = denoising(tmp_path / "run", frozen, max_steps=3, log_with=("tensorboard",))
+    train(config)
+    (events,) = {
+        path.parent for path in (tmp_path / "run").rglob("events.out.*") if path.parent.name == "localdit"
+    }
+    reader = EventAccumulator(str(events)).Reload()
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        logged = [(entry.step, entry.value) for entry in reader.Scalars(name)]
+        assert logged == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+
+
 @pytest.mark.parametrize(
     "options",
     [
