@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import file_digest
@@ -83,9 +84,8 @@ class Cache(Samples):
         shard, bucket, row = self._place(index)
         rng = random.Random(f"{self.seed}/{position}")
         flip = rng.random() < 0.5 and self.flips
-        images = self._images(shard)
-        moments = images.get_slice(f"{bucket}.moments_flipped" if flip else f"{bucket}.moments")[row]
-        text = self._text(shard).draw(int(images.get_slice(f"{bucket}.positions")[row]), rng)
+        moments, picture = self._images(shard).read(bucket, row, flip)
+        text = self._text(shard).draw(picture, rng)
         return {
             "moments": moments.float(),
             "text": text.float(),
@@ -95,9 +95,7 @@ class Cache(Samples):
     def name(self, index: int) -> str:
         """The sample's name in the source, as it was when it was encoded."""
         shard, bucket, row = self._place(index)
-        images = self._images(shard)
-        names = json.loads(images.get_tensor("names").numpy().tobytes())
-        return names[int(images.get_slice(f"{bucket}.positions")[row])]
+        return self._images(shard).name(bucket, row)
 
     @staticmethod
     def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -116,8 +114,8 @@ class Cache(Samples):
 
     def _map_lazily(self) -> None:
         folder, files = self.folder, self.files
-        self._images = lru_cache(OPEN_SHARDS)(lambda shard: open_shard(folder / files[shard][0].file))
-        self._text = lru_cache(OPEN_SHARDS)(lambda shard: _Text(open_shard(folder / files[shard][1].file)))
+        self._images = lru_cache(OPEN_SHARDS)(lambda shard: _Images(folder / files[shard][0].file))
+        self._text = lru_cache(OPEN_SHARDS)(lambda shard: _Text(folder / files[shard][1].file))
 
     def _place(self, index: int) -> tuple[int, str, int]:
         """The shard of an item, the prefix of its tensors there, and its row in them."""
@@ -128,22 +126,64 @@ class Cache(Samples):
         return int(shard), bucket_name(self.buckets[bucket]), int(index - self.starts[run])
 
 
+class _Images:
+    """A shard of encoded pictures."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open_shard(path)
+
+    def read(self, bucket: str, row: int, flip: bool) -> tuple[Tensor, int]:
+        """A picture's moments, (2C, h, w), and its position in the piece of the source that was encoded."""
+        with _named(self.path):
+            moments = self.file.get_slice(f"{bucket}.moments_flipped" if flip else f"{bucket}.moments")[row]
+            if moments.ndim != 3:
+                raise ValueError(f"the moments of a picture must be (2C, h, w), got {tuple(moments.shape)}")
+            return moments, self._position(bucket, row)
+
+    def name(self, bucket: str, row: int) -> str:
+        with _named(self.path):
+            names = json.loads(self.file.get_tensor("names").numpy().tobytes())
+            return names[self._position(bucket, row)]
+
+    def _position(self, bucket: str, row: int) -> int:
+        return int(self.file.get_slice(f"{bucket}.positions")[row])
+
+
 class _Text:
     """A shard of text features, with the tables that find a caption in it."""
 
-    def __init__(self, file: Any):
-        self.features = file.get_slice("features")  # (all tokens of the shard, K)
-        self.token_ends = file.get_tensor("tokens").cumsum(0).tolist()  # of each caption
-        self.caption_ends = file.get_tensor("captions").cumsum(0).tolist()  # of each picture
-        self.weights = file.get_tensor("weights").tolist()  # of each caption
-        self.empty = file.get_tensor("empty").float()
+    def __init__(self, path: Path):
+        self.path, file = path, open_shard(path)
+        with _named(path):
+            self.features = file.get_slice("features")  # (all tokens of the shard, K)
+            self.token_ends = file.get_tensor("tokens").cumsum(0).tolist()  # of each caption
+            self.caption_ends = file.get_tensor("captions").cumsum(0).tolist()  # of each picture
+            self.weights = file.get_tensor("weights").tolist()  # of each caption
+            self.empty = file.get_tensor("empty").float()
+            captions, tokens = ([0, *ends][-1] for ends in (self.caption_ends, self.token_ends))
+            (rows, _), (_, _) = self.features.get_shape(), self.empty.shape
+            if rows != tokens or not captions == len(self.token_ends) == len(self.weights):
+                raise ValueError("its tables tell of other captions than it holds")
 
     def draw(self, picture: int, rng: random.Random) -> Tensor:
         """The features of one of a picture's captions, (T, K)."""
-        first = self.caption_ends[picture - 1] if picture else 0
-        last = self.caption_ends[picture]
-        (caption,) = rng.choices(range(first, last), self.weights[first:last])
-        return self.features[self.token_ends[caption - 1] if caption else 0 : self.token_ends[caption]]
+        with _named(self.path):
+            first = self.caption_ends[picture - 1] if picture else 0
+            last = self.caption_ends[picture]
+            (caption,) = rng.choices(range(first, last), self.weights[first:last])
+            return self.features[self.token_ends[caption - 1] if caption else 0 : self.token_ends[caption]]
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the shard in which something is not as it must be."""
+    try:
+        yield
+    except Exception as error:  # safetensors and PyTorch raise nearly anything
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): delete it, and localdit encode makes it "
+            "again"
+        ) from error
 
 
 def open_cache(folder: str | Path, *, expected: Mapping[str, str] | None = None, seed: int = 0) -> Cache:

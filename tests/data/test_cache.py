@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader
 
 from localdit.data import cache as module
@@ -248,3 +248,52 @@ def test_a_shard_that_is_no_safetensors_file_is_an_error_that_names_it(made):
     cache = open_cache(folder)
     with pytest.raises(ValueError, match=rf"{entry['file']} cannot be read .*; run localdit encode again"):
         cache[3, 0]
+
+
+DAMAGED_SHARDS = {
+    "images without moments": ("images", "64x96.moments", None),
+    "images without flips": ("images", "64x96.moments_flipped", None),
+    "images without positions": ("images", "64x96.positions", None),
+    "moments without a channel": ("images", "64x96.moments", torch.ones(1, 8, 12)),
+    "moments of nothing": ("images", "64x96.moments", torch.ones(0, 8, 8, 12)),
+    "moments in one": ("images", "64x96.moments", torch.tensor(1.0)),
+    "positions in pairs": ("images", "64x96.positions", torch.ones(1, 2)),
+    "no names": ("images", "names", None),
+    "names that are no list": ("images", "names", torch.tensor(list(b"1"), dtype=torch.uint8)),
+    "names that are no JSON": ("images", "names", torch.ones(3)),
+    **{
+        f"text without {name}": ("text", name, None)
+        for name in ("features", "tokens", "weights", "captions", "empty")
+    },
+    "features of one number": ("text", "features", torch.ones(9)),
+    "features of another text": ("text", "features", torch.ones(999, 5)),
+    "an empty text of one number": ("text", "empty", torch.ones(5)),
+    "a token count for each number": ("text", "tokens", torch.ones(4, 3)),
+    "too many weights": ("text", "weights", torch.ones(999)),
+    "weights of zero": ("text", "weights", torch.zeros_like),
+    "captions of negative number": ("text", "captions", torch.tensor([-1, 2, 3, 4])),
+}
+
+
+@pytest.mark.parametrize(("kind", "name", "tensor"), DAMAGED_SHARDS.values(), ids=DAMAGED_SHARDS)
+def test_a_shard_that_lacks_a_tensor_or_has_another_is_an_error_that_names_it(made, kind, name, tensor):
+    folder, _, _, index = made
+    entry = index["shards"][0][kind]
+    tensors = load_file(folder / entry["file"])
+    before = tensors.pop(name)
+    if tensor is not None:
+        tensors[name] = tensor if isinstance(tensor, torch.Tensor) else tensor(before)
+    data = save(tensors)
+    (folder / entry["file"]).write_bytes(data)
+    index["shards"][0][kind]["bytes"] = len(data)
+    (folder / "index.json").write_text(json.dumps(index))
+
+    def read_all():
+        cache = open_cache(folder)
+        for position in range(40):  # with flips and without, and every caption
+            for i in range(3):
+                cache[i, position]
+                cache.name(i)
+
+    with pytest.raises(ValueError, match=rf"{entry['file']} is damaged .*: delete it"):
+        read_all()

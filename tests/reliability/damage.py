@@ -65,7 +65,7 @@ def damaged_weights(folder: Path, trials: int) -> Outcome:
     )
 
 
-@experiment("R7", "So is one in the place of a cache's shard", full=1500, small=15, holds=False)
+@experiment("R7", "So is one in the place of a cache's shard", full=1500, small=15)
 def damaged_cache(folder: Path, trials: int) -> Outcome:
     return read_in_process(folder, trials, ["cache, text", "cache, images"])
 
