@@ -37,35 +37,10 @@ class TintedBlock(LocalDiTBlock):
 class TintedLocalDiT(LocalDiTTransformer2DModel):
     block_class = TintedBlock
 
-    # The config is this signature. The parent's fields are spelled out, because a field that hides in
-    # **kwargs would be saved and not be loaded.
+    # This signature and the parent's make the config.
     @register_to_config
-    def __init__(
-        self,
-        num_attention_heads: int = 16,
-        attention_head_dim: int = 72,
-        in_channels: int = 4,
-        out_channels: int | None = 4,
-        num_layers: int = 18,
-        caption_channels: int = 4096,
-        sample_size: int = 128,
-        patch_size: int = 2,
-        window_size: int = 4,
-        interpolation_scale: float | None = None,
-        norm_eps: float = 1e-6,
-        qk_norm_eps: float = 1e-10,
-        dropout: float = 0.0,
-        rope: bool = True,
-        global_context: bool = True,
-        attention_residual: bool = True,
-        full_attention_layers: tuple[int, ...] = (),
-        use_additional_conditions: bool = True,
-        relative_position_bias: bool | None = None,
-        tint_channels: int = 3,
-    ):
-        # By now the decorator has put all of them in `self.config`, among notes of its own that start with _.
-        inherited = {k: v for k, v in self.config.items() if k != "tint_channels" and not k.startswith("_")}
-        super().__init__(**inherited)
+    def __init__(self, tint_channels: int = 3, **kwargs: Any):
+        super().__init__(**kwargs)
 
     def init_weights(self) -> None:
         """The parent draws all linear layers; the new ones start silent, so that nothing changes at first."""

@@ -31,6 +31,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
+from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
 
 # B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   T text tokens
 # D width   A heads   d = D/A head width   G windows   S tokens per window   M = G*S window slots
@@ -38,10 +39,11 @@ from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
 # The latents of the published model are an eighth of the picture's side. Used for the size conditions alone.
 PIXELS_PER_LATENT = 8
 
-_POSITIVE_SIZES = (
+_SIZES = (
     "num_attention_heads",
     "attention_head_dim",
     "in_channels",
+    "out_channels",
     "num_layers",
     "caption_channels",
     "sample_size",
@@ -570,7 +572,13 @@ class TextContext:
 
 
 class LocalDiTTransformer2DModel(
-    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, LocalDiTSingleFileMixin
+    StrictModelMixin,
+    ModelMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    CacheMixin,
+    LocalDiTSingleFileMixin,
 ):
     """The LocalDiT transformer. The defaults are the published 0.52 B model.
 
@@ -809,9 +817,9 @@ class LocalDiTTransformer2DModel(
 
     def _check_config(self) -> None:
         config = self.config
-        for name in _POSITIVE_SIZES:
-            if not isinstance(config[name], int) or config[name] < 1:
-                raise ValueError(f"{name} must be a positive integer, got {config[name]!r}")
+        sizes = {name: config[name] for name in _SIZES if config[name] is not None}
+        check_sizes(sizes)
+        check_types(LocalDiTTransformer2DModel.__init__, config)
         dim = config.num_attention_heads * config.attention_head_dim
         width = f"{config.num_attention_heads} heads of {config.attention_head_dim}: {dim}"
         if dim % 4:
@@ -827,6 +835,14 @@ class LocalDiTTransformer2DModel(
                 "the width num_attention_heads * attention_head_dim must be a multiple of 3 with "
                 f"use_additional_conditions, got {width}; change it or set use_additional_conditions=False"
             )
+        table = (2 * config.window_size - 1) ** 2 * config.num_attention_heads
+        ends = config.caption_channels + config.patch_size**2 * (
+            config.in_channels + sizes.get("out_channels", 0)
+        )
+        check_parameters(config.num_layers * (16 * dim**2 + table) + dim * (8 * dim + ends), sizes)
+        for name in ("norm_eps", "qk_norm_eps", "dropout"):
+            if not 0 <= config[name] < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {config[name]}")
         if config.interpolation_scale is not None and not config.interpolation_scale > 0:
             raise ValueError(
                 f"interpolation_scale must be positive or None, got {config.interpolation_scale}"

@@ -297,6 +297,16 @@ def check_tensors(
             f"{name} is {found[name].dtype}" for name in common if not found[name].is_floating_point()
         ],
     }
+    refuse_misfits(path, groups, hint)
+
+
+def refuse_misfits(source: Any, groups: Mapping[str, list[str]], hint: str | None) -> None:
+    """Raise ValueError, with one readable list, if any tensor of `source` does not fit.
+
+    Args:
+        groups: Tensors by what is wrong with them, a line each.
+        hint: A last line, for whoever reads the list.
+    """
     lines = [
         line
         for group, names in groups.items()
@@ -306,7 +316,7 @@ def check_tensors(
     if lines:
         lines += [] if hint is None else [f"  {hint}"]
         raise ValueError(
-            "\n".join((f"the tensors of {path} must be those of the model, but some are", *lines))
+            "\n".join((f"the tensors of {source} must be those of the model, but some are", *lines))
         )
 
 

@@ -4,6 +4,7 @@ import inspect
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias, Union
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from diffusers.loaders import SanaLoraLoaderMixin
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from localdit.models.strict import refuse_pickles
 
 ImageInput: TypeAlias = Union[Image.Image, np.ndarray, Tensor, Sequence["ImageInput"]]  # noqa: UP007
 
@@ -245,6 +248,25 @@ def float32_where_asked(vae: Any) -> Iterator[None]:
     finally:
         if upcast:
             vae.half()
+
+
+class SafetensorsMixin:
+    """Before `DiffusionPipeline` among the bases of a pipeline: its parts are read from safetensors."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Diffusers' method, but pickles (`.bin`) are read with `use_safetensors=False` alone.
+
+        Raises:
+            ValueError: A part has no safetensors weights, but pickles; it is said how to convert them.
+        """
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+            for part in Path(pretrained_model_name_or_path).glob("*/"):
+                if part.name not in kwargs:  # what is given is not loaded
+                    refuse_pickles(part)
+        load: Any = super().from_pretrained  # type: ignore[misc]
+        return load(pretrained_model_name_or_path, **kwargs)
 
 
 class TransformerLoraMixin(SanaLoraLoaderMixin):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from localdit.models.local_dit import LocalDiTTransformer2DModel
 from localdit.pipelines.common import (
     ImageInput,
+    SafetensorsMixin,
     TransformerLoraMixin,
     check_images,
     check_text,
@@ -43,7 +44,7 @@ TEXT_TENSORS = (
 VAE_REMEDY = "run the VAE in float32 (pipe.vae.to(torch.float32)), or take one made for float16"
 
 
-class LocalDiTPipeline(DiffusionPipeline, TransformerLoraMixin):
+class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin):
     """Text to image, and image to image where `image` is given.
 
     A component may be None in calls that do without it: tokenizer and text_encoder with embeddings in place

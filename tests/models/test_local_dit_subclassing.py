@@ -1,7 +1,7 @@
 """A subclass of the LocalDiT transformer saves, loads, offloads, trains, compiles and takes a LoRA.
 
-Three of them: one changes what a block computes, one adds a config field and a conditioning input, one swaps
-the attention processor.
+One changes what a block computes, one swaps the attention processor, two add a config field and an input: one
+hands the parent's fields on, one spells them out.
 """
 
 import json
@@ -14,7 +14,7 @@ from accelerate import cpu_offload
 from diffusers.configuration_utils import register_to_config
 from peft import LoraConfig
 from torch import Tensor, nn
-from toys import redraw, relative_error, run, toy_inputs, toy_model
+from toys import TOY, redraw, relative_error, run, toy_inputs, toy_model
 
 from localdit.models.local_dit import (
     LocalDiTAttention,
@@ -55,6 +55,16 @@ class PosedBlock(LocalDiTBlock):
 
 
 class PosedLocalDiT(LocalDiTTransformer2DModel):
+    block_class = PosedBlock
+
+    @register_to_config
+    def __init__(self, pose_channels: int = 3, **kwargs: Any):
+        super().__init__(**kwargs)
+
+
+class SpelledOutLocalDiT(LocalDiTTransformer2DModel):
+    """As diffusers' own models have it: every field in the signature."""
+
     block_class = PosedBlock
 
     @register_to_config
@@ -109,6 +119,7 @@ class SharpLocalDiT(LocalDiTTransformer2DModel):
 SUBCLASSES = {
     "block": (GatedLocalDiT, {}),
     "config field and input": (PosedLocalDiT, {"pose_channels": 5}),
+    "all config fields spelled out": (SpelledOutLocalDiT, {"pose_channels": 5}),
     "processor": (SharpLocalDiT, {}),
 }
 every_subclass = pytest.mark.parametrize(("cls", "config"), SUBCLASSES.values(), ids=SUBCLASSES)
@@ -160,6 +171,47 @@ def test_a_subclass_saves_and_loads(cls, config, tmp_path):
     loaded = cls.from_pretrained(tmp_path)
     assert type(loaded) is cls
     assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+class SmallPosedLocalDiT(PosedLocalDiT):
+    """Hands on what its parent hands on, with another default, and with one value that is always the same."""
+
+    @register_to_config
+    def __init__(self, num_layers: int = 2, style: str = "plain", **kwargs: Any):
+        super().__init__(num_layers=num_layers, **kwargs | {"rope": False})
+
+
+def test_fields_that_are_handed_on_are_recorded_saved_and_loaded(tmp_path):
+    """Through two generations, from a folder, a config, and one file."""
+    fields = {name: value for name, value in TOY.items() if name != "num_layers"}
+    model = SmallPosedLocalDiT(**fields, pose_channels=5, style="fancy", dropout=0.125)
+    expected = dict(LocalDiTTransformer2DModel(**fields).config)
+    expected |= {"num_layers": 2, "rope": False, "dropout": 0.125, "pose_channels": 5, "style": "fancy"}
+
+    def public(config):
+        return {name: value for name, value in config.items() if not name.startswith("_")}
+
+    assert public(model.config) == public(expected)
+    model.save_pretrained(tmp_path)
+    model.save_single_file(tmp_path / "model.safetensors")
+    for loaded in (
+        SmallPosedLocalDiT.from_pretrained(tmp_path),
+        SmallPosedLocalDiT.from_single_file(tmp_path / "model.safetensors"),
+    ):
+        assert public(loaded.config) | {"full_attention_layers": ()} == public(expected)
+        assert all(
+            torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items()
+        )
+    other = SmallPosedLocalDiT.from_config(model.config, pose_channels=7)
+    assert public(other.config) == public(expected) | {"pose_channels": 7}
+    # What a config leaves open is the subclass's default, not its parent's.
+    config = {name: value for name, value in fields.items() if name != "num_layers"}
+    assert len(SmallPosedLocalDiT.from_config(config).transformer_blocks) == 2
+
+
+def test_a_field_that_no_parent_has_is_refused():
+    with pytest.raises(TypeError, match="posture"):
+        PosedLocalDiT(**TOY, posture=5)
 
 
 @every_subclass

@@ -190,6 +190,17 @@ def test_a_saved_pipeline_is_loaded_by_every_way_of_diffusers(pipe, tmp_path):
         assert torch.equal(seeded(loaded, output_type="pt"), expected)
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_part_in_pickles_is_refused_unless_it_is_given(pipe, tmp_path, part):
+    pipe.save_pretrained(tmp_path)
+    for weights in (tmp_path / part).glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match=rf"{part} must have weights as \.safetensors.*Convert them"):
+        LocalDiTPipeline.from_pretrained(tmp_path)
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path, **{part: None})
+    assert getattr(loaded, part) is None
+
+
 def test_missing_parts_are_saved_and_loaded_as_missing(tmp_path):
     toy_pipeline(text_encoder=None, tokenizer=None).save_pretrained(tmp_path)
     loaded = LocalDiTPipeline.from_pretrained(tmp_path, vae=None)

@@ -78,18 +78,17 @@ def refusal_helps(folder: Path, trials: int) -> Outcome:
 
 @experiment(
     "R9",
-    "So it is where `from_pretrained` of diffusers or transformers reads a folder",
+    "So it is where `from_pretrained` reads a folder, of a transformer or a pipeline",
     full=1000,
     small=3,
-    holds=False,
 )
 def refusal_of_a_folder_helps(folder: Path, trials: int) -> Outcome:
-    return helpful(folder, trials, THEIRS)
+    return helpful(folder, trials, FOLDERS)
 
 
 def helpful(folder: Path, trials: int, entries: tuple[str, ...]) -> Outcome:
     messages = [message for _, _, _, message in attempt_all(folder, trials, entries)]
-    helps = ["safetensors" in message or "again" in message for message in messages]
+    helps = ["save" in message or "again" in message for message in messages]
     return Outcome(len(helps), sum(helps), "; ".join(entries))
 
 
@@ -327,4 +326,4 @@ OURS = (
     "resume",
     "checkpoint, optimizer.bin listed",
 )
-THEIRS = ("from_pretrained, .bin", "pipeline, transformer", "pipeline, VAE", "pipeline, text encoder")
+FOLDERS = ("from_pretrained, .bin", "pipeline, transformer", "pipeline, VAE", "pipeline, text encoder")

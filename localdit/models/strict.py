@@ -1,0 +1,132 @@
+"""What every model here holds its config and its weights to, beyond what diffusers does.
+
+Values of a wrong type or size are refused before memory is taken for them, and missing weights are never
+made up for.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from localdit.models.single_file import PICKLE_SUFFIXES, refuse_misfits
+
+MAX_PARAMETERS = 10**11  # more is a slip
+
+
+class StrictModelMixin:
+    """Before `ModelMixin` among the bases of a model: `from_pretrained` is strict, and the `__init__` of a
+    subclass may name its own config fields alone and hand on the others as `**kwargs`."""
+
+    ignore_for_config: ClassVar = ["kwargs"]  # they are registered by the parent that names them
+
+    @staticmethod
+    def _get_init_keys(input_class: Any) -> set[str]:
+        """The config fields of a class, with its parents' as far as they are handed on."""
+        keys: set[str] = set()
+        for cls in input_class.__mro__:
+            if "__init__" in vars(cls):
+                parameters = inspect.signature(cls.__init__).parameters
+                keys |= parameters.keys()
+                if "kwargs" not in parameters:
+                    break
+        return keys - {"kwargs"}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a folder, or a model of the hub: diffusers' method, but strict, and from safetensors.
+
+        Args:
+            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a hub name.
+            output_loading_info: Return what diffusers found beside the model.
+            kwargs: As diffusers documents them. Pickles, `.bin`, are read with `use_safetensors=False` alone.
+
+        Raises:
+            ValueError: A tensor is missing, surplus or misshapen, and all of them are named; or the weights
+                are pickles. A config field has a value that it cannot have.
+            OSError: There are no weights, or they are damaged.
+            NotImplementedError: A tensor is missing, and there is a `device_map`.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+            refuse_pickles(folder)
+        load: Any = super().from_pretrained  # type: ignore[misc]
+        model, found = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        missing = set(found.get("missing_keys", ()))
+        if kwargs.get("device_map") is None:  # of shards, diffusers believes the index
+            missing |= {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+        files = list(folder.glob("*.safetensors"))
+        refuse_misfits(
+            files[0] if len(files) == 1 else pretrained_model_name_or_path,
+            {
+                "missing": sorted(missing),
+                "surplus": sorted(found.get("unexpected_keys", ())),
+                "misshapen": sorted(
+                    f"{name} is {tuple(shape)}, must be {tuple(expected)}"
+                    for name, shape, expected in found.get("mismatched_keys", ())
+                ),
+            },
+            hint="to begin with some of them, build the model, and load_state_dict(..., strict=False)",
+        )
+        return (model, found) if output_loading_info else model
+
+
+def refuse_pickles(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError, and say how to convert them, if a folder has weights, but as pickles alone."""
+    folder = Path(folder)
+    pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLE_SUFFIXES]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} must have weights as .safetensors, but has {', '.join(pickles)}, pickles, which can "
+            "hold code. Convert them, which takes tensors and runs nothing: load the folder by its class's "
+            "from_pretrained(..., use_safetensors=False), and save_pretrained to it"
+        )
+
+
+# --- Config -------------------------------------------------------------------------------------------------
+
+
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every one is a positive integer."""
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def check_types(init: Callable[..., None], config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a config field has another type than it has in the signature of `init`.
+
+    A float is finite and may be an integer, a tuple may be a list, as in a file, and a bool is no number.
+    """
+    for name, kind in get_type_hints(init).items():
+        if name in config and not _fits(config[name], kind):
+            raise ValueError(f"{name} must be {inspect.formatannotation(kind)}, got {config[name]!r}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    kinds = [one for one in get_args(kind) if one is not ...]
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in kinds)
+    if get_origin(kind) in (tuple, list):
+        return isinstance(value, tuple | list) and all(any(_fits(v, one) for one in kinds) for v in value)
+    if kind is float:
+        return _fits(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_parameters(at_least: int, sizes: Mapping[str, Any]) -> None:
+    """Raise ValueError if a model would have more than `MAX_PARAMETERS`.
+
+    Args:
+        at_least: How many it has, or somewhat less.
+        sizes: What makes them so many, for the message.
+    """
+    if at_least > MAX_PARAMETERS:
+        listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ValueError(f"the model must have at most {MAX_PARAMETERS:,} parameters, got {listed}")
