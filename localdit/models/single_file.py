@@ -324,7 +324,8 @@ def by_block(lines: Iterable[str]) -> list[str]:
     """Lines that differ in the first number of the name they begin with, `<name>.<number>.`, as one."""
     numbers: dict[tuple[str, str], list[str]] = {}
     for line in lines:
-        head, number, tail = re.match(r"(?:([\w.]*?\.)(\d+)(?=\.))?(.*)", line, re.DOTALL).groups("")
+        match = re.fullmatch(r"([\w.]*?\.)(\d+)(\..*)", line, re.DOTALL)
+        head, number, tail = match.groups() if match else (line, "", "")
         numbers.setdefault((head, tail), []).append(number)
     return [
         head + (found[0] if len(found) == 1 else f"{{{','.join(found)}}}") + tail
