@@ -230,7 +230,7 @@ def test_a_folder_must_be_a_whole_localdit(tmp_path):
 
     transformer(num_layers=3).save_config(folder)
     with pytest.raises(
-        ValueError, match=r"transformer must be whole, .*'missing_keys': \['transformer_blocks\.2"
+        ValueError, match=r"(?s)transformer could not be loaded .* missing .* transformer_blocks\.2"
     ):
         converting(folder)
     config = json.loads((folder / "config.json").read_text())

@@ -47,10 +47,11 @@ class StrictModelMixin:
             kwargs: As diffusers documents them. Pickles, `.bin`, are read with `use_safetensors=False` alone.
 
         Raises:
-            ValueError: A tensor is missing, surplus or misshapen, and all of them are named; or the weights
-                are pickles. A config field has a value that it cannot have.
+            ValueError: Tensors are missing, surplus or misshapen, and it is said which; or the weights are
+                pickles. A config field has a value that it cannot have.
             OSError: There are no weights, or they are damaged.
-            NotImplementedError: A tensor is missing, and there is a `device_map`.
+            NotImplementedError: A tensor is missing, and there is a `device_map`: PyTorch's.
+            RuntimeError: A tensor is misshapen, with `low_cpu_mem_usage=False`: diffusers'.
         """
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if kwargs.get("use_safetensors") is None:
@@ -58,6 +59,7 @@ class StrictModelMixin:
             refuse_pickles(folder)
         load: Any = super().from_pretrained  # type: ignore[misc]
         model, found = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        # Of a FlashPack file nothing is found out.
         missing = set(found.get("missing_keys", ()))
         if kwargs.get("device_map") is None:  # of shards, diffusers believes the index
             missing |= {name for name, tensor in model.state_dict().items() if tensor.is_meta}
