@@ -138,7 +138,7 @@ def write_png(picture: Image.Image, path: Path, settings: Settings, made_with: d
 
     Args:
         picture: What to write.
-        path: Where to; replaced if it is there.
+        path: Where to; replaced if it is there. Missing folders above it are made.
         settings: What `read_settings` gives back.
         made_with: For information: versions, the device and the class of the `scheduler`.
     """

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
     from localdit import LocalDiTPipeline
 
-DTYPE_HELP = f"{', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 elsewhere)"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)"
-MODEL_HELP = (
-    f"pipeline folder, hub name, or 'mini', the small model in the package (default: {Settings.model})"
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +24,46 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"localdit: error: {message} (see {self.prog} --help)\n")
+
+
+def add_drawing_options(group: Any) -> None:
+    """Options that say how pictures are made, whatever they show. Each is None where it is not given."""
+    group.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="pipeline folder, hub name, or 'mini', the small model in the package "
+        f"(default: {Settings.model})",
+    )
+    group.add_argument(
+        "--size", type=_parse_size, metavar="WxH", help="in pixels, or one number (default: the model's)"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {Settings.steps})")
+    group.add_argument(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help=f"weight of the prompt; 1 is none (default: {Settings.guidance})",
+    )
+    group.add_argument(
+        "--scheduler",
+        choices=sorted(SCHEDULERS),
+        metavar="NAME",
+        help=f"{', '.join(sorted(SCHEDULERS))} (default: the model's)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        metavar="DTYPE",
+        help=f"{', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 elsewhere)",
+    )
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Width and height of "640x480", or of "512" for a square."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT or one number, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def find_model(name: str) -> str:

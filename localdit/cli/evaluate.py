@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 from localdit import __version__
 from localdit.cli.common import (
     DEVICE_HELP,
-    DTYPE_HELP,
-    MODEL_HELP,
     Parser,
+    add_drawing_options,
     choose_device,
     find_model,
     load_pipeline,
 )
-from localdit.cli.generate import parse_size
-from localdit.pictures import DTYPES, SCHEDULERS, Settings
+from localdit.pictures import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +85,6 @@ def add(commands: Any) -> Parser:
     )
 
     how = parser.add_argument_group("how pictures are made")
-    how.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
     how.add_argument(
         "--count", type=int, metavar="N", help=f"prompts (default: {SCENES} of the scenes, all of a file)"
     )
@@ -97,21 +94,8 @@ def add(commands: Any) -> Parser:
     how.add_argument(
         "--seed", type=int, metavar="SEED", help=f"of the scenes, and of the first picture (default: {SEED})"
     )
-    how.add_argument(
-        "--size", type=parse_size, metavar="WxH", help="in pixels, or one number (default: the model's)"
-    )
-    how.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {Settings.steps})")
-    how.add_argument(
-        "--guidance", type=float, metavar="G", help=f"weight of the prompt (default: {Settings.guidance})"
-    )
+    add_drawing_options(how)
     how.add_argument("--negative", metavar="TEXT", help="what no picture should show")
-    how.add_argument(
-        "--scheduler",
-        choices=sorted(SCHEDULERS),
-        metavar="NAME",
-        help=f"{', '.join(sorted(SCHEDULERS))} (default: the model's)",
-    )
-    how.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=DTYPE_HELP)
 
     where = parser.add_argument_group("where")
     where.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)

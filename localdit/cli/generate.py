@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from localdit import __version__
 from localdit.cli.common import (
     DEVICE_HELP,
-    DTYPE_HELP,
-    MODEL_HELP,
     Parser,
+    add_drawing_options,
     choose_device,
     find_model,
     load_pipeline,
 )
-from localdit.pictures import DTYPES, FORMATS, SCHEDULERS, Settings, read_picture, read_settings, write_png
+from localdit.evaluation.prompts import read_prompts
+from localdit.pictures import FORMATS, Settings, read_picture, read_settings, write_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,24 +72,7 @@ def add(commands: Any) -> Parser:
     how.add_argument(
         "--seed", type=int, metavar="SEED", help="of the first picture (default: drawn, and said)"
     )
-    how.add_argument(
-        "--size", type=parse_size, metavar="WxH", help="in pixels, or one number (default: the model's)"
-    )
-    how.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {Settings.steps})")
-    how.add_argument(
-        "--guidance",
-        type=float,
-        metavar="G",
-        help=f"weight of the prompt; 1 is none (default: {Settings.guidance})",
-    )
-    how.add_argument(
-        "--scheduler",
-        choices=sorted(SCHEDULERS),
-        metavar="NAME",
-        help=f"{', '.join(sorted(SCHEDULERS))} (default: the model's)",
-    )
-    how.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
-    how.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=DTYPE_HELP)
+    add_drawing_options(how)
     how.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
 
     where = parser.add_argument_group("where to")
@@ -132,7 +115,6 @@ def run(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         picture = draw(pipe, settings, start)
         seconds = round(time.perf_counter() - started, 3)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_png(picture, path, settings, made_with)
         line = {"file": str(path), "seconds": seconds, **dataclasses.asdict(settings), "made_with": made_with}
         print(json.dumps(line) if args.json else path, flush=True)
@@ -150,8 +132,7 @@ def plan_pictures(args: argparse.Namespace) -> tuple["Image | None", list[Settin
 
     prompts = list(args.prompts)
     if args.prompt_file:
-        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += read_prompts(Path(args.prompt_file))
     prompts = prompts or ([settings["prompt"]] if args.from_png else [])
     if not prompts:
         raise ValueError("there is no prompt: give one, or --prompt-file, or --from-png")
@@ -206,14 +187,6 @@ def plan_paths(out: str, pictures: list[Settings], overwrite: bool) -> list[Path
 def slug(prompt: str) -> str:
     """A prompt as part of a file name."""
     return re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "picture"
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Width and height of "640x480", or of "512" for a square."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT or one number, got {text!r}")
-    return int(match[1]), int(match[2] or match[1])
 
 
 def draw(pipe: "LocalDiTPipeline", settings: Settings, start: "Image | None") -> "Image":

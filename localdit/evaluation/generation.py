@@ -67,7 +67,6 @@ def generate(
                 pipeline, [s.prompt for s in batch], [s.seed for s in batch], **_options(batch[0])
             )
             for path, settings, picture in zip(paths, batch, pictures):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_png(picture, path, settings, dict(made_with))
             bar.update(len(paths))
 

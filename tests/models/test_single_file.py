@@ -21,7 +21,7 @@ from toys import TOY, redraw, relative_error, run, toy_inputs, toy_model
 from localdit.models import single_file
 from localdit.models.local_dit import LocalDiTTransformer2DModel, build_geometry
 from localdit.models.local_dit_single_file import from_published, infer_config, to_published
-from localdit.models.single_file import read_state_dict
+from localdit.models.single_file import by_block, read_state_dict
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -508,6 +508,24 @@ def test_a_subclass_has_its_fields_and_tensors_in_the_file(tmp_path, caplog):
     assert Styled.from_single_file(plain).config.num_styles == 0
     with pytest.raises(ValueError, match=r"missing \(1\):\n +styles.weight \(5, 6\)"):
         Styled.from_single_file(plain, num_styles=5)
+
+
+def test_lines_that_differ_in_the_block_alone_are_one():
+    """The first number between dots counts, whatever stands before it; a number in a shape is none."""
+    lines = [
+        "blocks.0.mlp.0.weight (2,)",
+        "blocks.11.mlp.0.weight (2,)",
+        "blocks.2.mlp.2.weight (2,)",
+        "a.x (1,)",
+    ]
+    lines += ["blocks.3.mlp.0.weight (3,)", "layer_1.b is 0.5 of 1.2.3"]
+    assert by_block(lines) == [
+        "blocks.{0,11}.mlp.0.weight (2,)",
+        "blocks.2.mlp.2.weight (2,)",
+        "a.x (1,)",
+        "blocks.3.mlp.0.weight (3,)",
+        "layer_1.b is 0.5 of 1.2.3",
+    ]
 
 
 # --- Files --------------------------------------------------------------------------------------------------
