@@ -62,6 +62,7 @@ def test_a_run_says_what_is_damaged_and_what_a_resume_takes(tmp_path, capsys):
     (run / "elsewhere" / "step-00000002").rename(run / "step-00000002.old-1")
     shutil.rmtree(run / "elsewhere")
     (run / "step-00000004.tmp-77").mkdir()
+    (run / "final.replaced-77").mkdir()
     shutil.copytree(Path(MINI, "transformer"), run / "final")
 
     assert main(["verify", str(run)]) == 1
@@ -76,6 +77,7 @@ def test_a_run_says_what_is_damaged_and_what_a_resume_takes(tmp_path, capsys):
     assert lines[4].strip() == "model.safetensors is damaged: its SHA-256 is another"
     assert "  a resume goes on from step-00000002" in lines
     assert any("step-00000004.tmp-77 is being written, or was left by a killed run" in line for line in lines)
+    assert "  final.replaced-77 was about to be replaced when its run was killed" in lines
     assert any("step-00000002.old-1 was left behind" in line for line in lines)
     assert lines[-1] == "1 problem"
 

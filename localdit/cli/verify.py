@@ -133,6 +133,8 @@ def examine_run(folder: Path) -> Report:
             report.notes.append(
                 f"{path.name} is being written, or was left by a killed run and goes at its next start"
             )
+        elif ".replaced-" in path.name:
+            report.notes.append(f"{path.name} was about to be replaced when its run was killed")
         elif ".old-" in path.name:
             report.notes.append(f"{path.name} was left behind when the run went back to an earlier step")
     return report
