@@ -434,7 +434,8 @@ class ImageWorker:
             images = pixels.to(self.device) / 127.5 - 1
             moments = self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
         require_finite(moments, "the VAE's encoder", local_dit.VAE_REMEDY)
-        return moments.to("cpu", getattr(torch, self.config.dtype))
+        # Attention in the encoder leaves the channels last, and safetensors refuses that.
+        return moments.to("cpu", getattr(torch, self.config.dtype)).contiguous()
 
     def load(self, i: int, size: tuple[int, int]) -> "Tensor | _Failed":
         """A picture, resized and cropped: (3, height, width) of uint8."""

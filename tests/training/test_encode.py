@@ -168,6 +168,21 @@ def close(kept: torch.Tensor, exact: torch.Tensor) -> bool:
     return kept.shape == exact.shape and bool(((kept - exact).abs() <= exact.abs() * 2**-11 + 2e-6).all())
 
 
+def test_an_autoencoder_with_attention_is_no_hindrance(config, tmp_path):
+    """Its latents have the channels last in memory, those of several pictures at a time."""
+    vae = AutoencoderKL(**TOY_VAE | {"mid_block_add_attention": True})
+    vae.save_pretrained(tmp_path / "attentive")
+    moments = vae.encode(torch.randn(2, 3, 64, 64)).latent_dist.parameters
+    assert not moments.is_contiguous()
+    for i in range(9):
+        Image.new("RGB", (50, 50), (i, 0, 0)).save(Path(config.source, f"{i:02d}.png"))
+    options = {"samples_per_shard": 9, "batch_size": 9}
+    config = dataclasses.replace(config, vae=str(tmp_path / "attentive"), **options)
+    fill(config)
+    cache = open_cache(config.cache)
+    assert [cache[i, i]["moments"].shape for i in range(9)] == [(8, 8, 8)] * 9
+
+
 def test_a_second_run_finds_everything_and_loads_no_encoder(config, monkeypatch):
     fill(config)
     before, index = made_of(config), Path(config.cache, "index.json").read_bytes()
