@@ -122,3 +122,10 @@ def tar(*members: tuple[str, bytes] | tarfile.TarInfo, end: bool = True) -> byte
 def sample(key: str, caption: str = "a picture", **options) -> list[tuple[str, bytes]]:
     """The members of a sample in a tar file."""
     return [(f"{key}.png", picture(**options)), (f"{key}.txt", caption.encode())]
+
+
+def raw_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header alone, whose size may be anything."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile_files import BOMBS, UNREADABLE, picture, sample, tar
+from hostile_files import BOMBS, UNREADABLE, picture, raw_header, sample, tar
 from PIL import ExifTags, Image
 
 from localdit.data import index as index_module
@@ -546,13 +546,6 @@ def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, target: str 
     info.type, info.linkname = kind, target
     info.size = size
     return info
-
-
-def raw_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header alone, whose size may be anything."""
-    info = tarfile.TarInfo(name)
-    info.type, info.size = kind, size
-    return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def test_bad_members_of_a_shard_spoil_their_own_sample_alone(opened, folder):

@@ -14,11 +14,15 @@ A trial that fails is counted, not raised, and the note says what went wrong: wh
 as not holding.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+
+# For the hostile files and the toy pipeline of the tests.
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data", "pipelines")]
 
 
 @dataclass(frozen=True)

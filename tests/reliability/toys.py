@@ -2,7 +2,7 @@
 
 import json
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -12,14 +12,20 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from toy_pipeline import toy_text_encoder, toy_tokenizer, toy_vae
 
 from localdit.training.checkpoint import load_checkpoint, save_checkpoint
+from localdit.training.config import Config, TrainConfig
 
 SHAPES = {
     "blocks.0.weight": (300, 200),
     "blocks.0.bias": (200,),
     "out.weight": (200, 200),
 }  # 0.1 M parameters
+
+
+# By the process that all others are forked from.
+PRELOADED = ["localdit.pipelines", "localdit.training.loop", "localdit.data.folders", "localdit.data.shards"]
 
 
 def tensors_of(step: int) -> dict[str, dict[str, Tensor]]:
@@ -93,7 +99,7 @@ def index_cache(folder: Path, images: Path, text: Path) -> None:
 def start(work: Callable[..., Any], *args: Any) -> tuple[ForkServerProcess, Connection]:
     """Do `work(*args, connection)` in a process of its own. Returns it, and our end of the pipe."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["localdit.pipelines", "localdit.training.checkpoint"])
+    context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(*args, theirs), daemon=True)
     process.start()
@@ -109,3 +115,66 @@ def sent(connection: Connection) -> list[Any]:
             messages.append(connection.recv())
     except EOFError:
         return messages
+
+
+def apart(work: Callable[..., Any], items: Iterable[tuple[Any, ...]], seconds: float = 600) -> Iterator[Any]:
+    """What `work(*item)` gives for each item, one after the other in a process beside this one.
+
+    None where that process dies or takes longer than so; another one then goes on.
+    """
+    process = None
+    try:
+        for item in items:
+            if process is None:
+                process, connection = start(serve, work)
+            connection.send(item)
+            try:
+                answer = connection.recv() if connection.poll(seconds) else None
+            except EOFError:
+                answer = None
+            if answer is None:
+                process.kill()
+                process = None
+            yield answer
+    finally:
+        if process is not None:
+            process.kill()
+
+
+def serve(work: Callable[..., Any], connection: Connection) -> None:
+    while True:
+        connection.send(work(*connection.recv()))
+
+
+def save_encoders(folder: Path) -> dict[str, str]:
+    """The toy pipeline's encoders on disk: the folder of each part, as `EncodeConfig` names them."""
+    parts = {"vae": toy_vae(), "text_encoder": toy_text_encoder(), "tokenizer": toy_tokenizer()}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in parts}
+
+
+def denoising_run(
+    folder: Path, source: Any, encoders: Mapping[str, str], objective: Mapping[str, Any], **options: Any
+) -> Config:
+    """A run of a transformer with one block over pictures of 64 pixels squared, in the size nearest to each.
+
+    Args:
+        folder: Of the run; the cache lies beside it.
+        source: Of captioned pictures.
+        encoders: What `save_encoders` gives, with more fields of `EncodeConfig`.
+        objective: More fields of the objective.
+        options: Those of `TrainConfig`.
+    """
+    model = {
+        **{"_class_name": "LocalDiTTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 12},
+        **{"num_layers": 1, "caption_channels": 16, "sample_size": 8, "window_size": 2},
+    }
+    data = {"source": source, "cache": str(folder.parent / "cache"), "resolution": 64, **encoders}
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear"}
+    return Config(
+        str(folder),
+        model,
+        {"name": "denoising", "data": data, "scheduler": scheduler, "export_encoders": False, **objective},
+        TrainConfig(**{"warmup_steps": 2, "log_every": 1, "save_every": 10**9, **options}),
+    )

@@ -23,6 +23,7 @@ from localdit.data.images import BadSample
 from localdit.data.scenes import captions, scene
 from localdit.training.checkpoint import find_checkpoint, load_checkpoint
 from localdit.training.config import Config, LoraConfig, ParameterGroup, TrainConfig
+from localdit.training.encode import ImageWorker
 from localdit.training.loop import learning_rate, train
 from localdit.training.stopping import Stopped
 from localdit.training.text_encoder import train_tokenizer
@@ -245,6 +246,28 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_from_it(tmp_path, frozen, mo
     whole.objective["validation_samples"] = 4
     train(whole)
     assert_same(newest(tmp_path), newest(tmp_path / "whole"))
+
+
+def test_sigterm_while_the_cache_is_filled_keeps_its_shards(tmp_path, frozen, monkeypatch):
+    config = denoising(tmp_path / "run", frozen, max_steps=1)
+    config.objective["data"].update(cache=str(tmp_path / "cache"), samples_per_shard=4)
+    moments, calls = ImageWorker.moments, iter(range(99))
+
+    def interrupted(self, pixels):
+        if next(calls) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return moments(self, pixels)
+
+    monkeypatch.setattr(ImageWorker, "moments", interrupted)
+    with pytest.raises(Stopped, match="stopped between two shards"):
+        train(config)
+    shards = list((tmp_path / "cache").glob("*.safetensors"))
+    assert len(shards) == 1
+    written = shards[0].stat().st_mtime_ns
+    monkeypatch.undo()
+    train(config)
+    assert find_checkpoint(tmp_path / "run", "auto").name == "step-00000001"
+    assert shards[0].stat().st_mtime_ns == written
 
 
 def test_a_lora_is_trained_alone_and_loads_into_the_pipeline(tmp_path, frozen):
