@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hostile_files import picture
 from safetensors.torch import save
 from torch import Tensor
 from toy_pipeline import toy_text_encoder, toy_tokenizer, toy_vae
@@ -138,12 +140,23 @@ def apart(work: Callable[..., Any], items: Iterable[tuple[Any, ...]], seconds: f
             yield answer
     finally:
         if process is not None:
-            process.kill()
+            connection.close()  # which ends it
+            process.join()
 
 
 def serve(work: Callable[..., Any], connection: Connection) -> None:
-    while True:
-        connection.send(work(*connection.recv()))
+    with suppress(EOFError):
+        while True:
+            connection.send(work(*connection.recv()))
+
+
+def captioned(folder: Path, sizes: Iterable[tuple[int, int]]) -> str:
+    """A folder of pictures of noise of these sizes, all with one caption, as a source."""
+    folder.mkdir()
+    for number, (width, height) in enumerate(sizes):
+        (folder / f"{number}.png").write_bytes(picture(width, height))
+        (folder / f"{number}.txt").write_text("a red circle")
+    return str(folder)
 
 
 def save_encoders(folder: Path) -> dict[str, str]:
