@@ -28,7 +28,7 @@ PROMPTS = (
 @experiment(
     "R20",
     "A seed makes the same bits again, in this process and in a new one",
-    full=6,
+    full=5,
     small=None,
 )
 def made_again(folder: Path, trials: int) -> Outcome:
@@ -44,7 +44,7 @@ def made_again(folder: Path, trials: int) -> Outcome:
     "R20",
     "A picture of four made together is the one that its seed makes alone or in twos, within 1e-5 of the "
     "range of its values",
-    full=6,
+    full=5,
     small=None,
     holds=False,
 )

@@ -106,7 +106,9 @@ def first_compile(folder: Path, trials: int) -> Outcome:
         if not held:
             failed.add(f"trial {trial}: exit code {process.exitcode}, {found and found.name}, {told}")
     one = -(-trials // 4)
-    note = f"few, since each compiles: {one} with one signal; {trials - one} with two, {slowest:.1f} s"
+    note = (
+        f"few, since each compiles: {one} with one signal, {trials - one} with two (at most {slowest:.1f} s)"
+    )
     return Outcome(trials, passed, "; ".join([note, *sorted(failed)]))
 
 

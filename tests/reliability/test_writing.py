@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,15 @@ def test_a_row_takes_its_place_and_replaces_its_older_self():
         r"| R10 | b | **does not hold**: 3 of 5 | a\| b |",
     ]
     assert document.count("Measured last with Python") == 1
+
+
+def test_the_readme_repeats_figures_of_the_document():
+    readme, document = (Path(__file__).parents[2] / name for name in ("README.md", "docs/reliability.md"))
+    repeated = re.findall(r"\((R\d+)\) \|.* (\d+ of \d+) \|", readme.read_text(encoding="utf-8"))
+    assert len(repeated) >= 8
+    lines = document.read_text(encoding="utf-8").splitlines()
+    for id, figure in repeated:
+        assert any(line.startswith(f"| {id} | ") and f" {figure} |" in line for line in lines), id
 
 
 @pytest.mark.parametrize("payload", sorted(PAYLOADS.keys() - {"cut", "YAML's"}))
