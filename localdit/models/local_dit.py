@@ -30,6 +30,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from localdit.models.layers import RMSNorm, heads_of, modulate, rotate
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
 from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
 
@@ -204,22 +205,6 @@ def cached_geometry(*key: Any) -> Geometry:
 # --- Attention ----------------------------------------------------------------------------------------------
 
 
-def heads_of(x: Tensor, heads: int) -> Tensor:
-    """(..., D) -> (..., A, d)."""
-    return x.unflatten(-1, (heads, -1))
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn adjacent channels of x, (B, M, A, d), by the angles of a rotary table, (M, d/2, 2), in float32."""
-    pairs, table = x.float().unflatten(-1, (-1, 2)), rotary[:, None]
-    if torch.compiler.is_compiling():  # compilers fuse real arithmetic and know no complex numbers
-        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:  # one pass where real arithmetic takes six
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    return pairs.flatten(-2).to(x.dtype)
-
-
 def relative_bias(table: Tensor | None, window: int) -> Any:
     """Spread a relative-position table, ((2w-1)², A), over pairs of slots: (A, S, S) (Swin, eq. 4)."""
     if table is None:
@@ -305,15 +290,6 @@ class LocalDiTCrossAttnProcessor:
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
-class QKNorm(nn.RMSNorm):
-    """RMSNorm of heads whose weight follows the dtype of what it meets: autocast leaves weights in float32,
-    for which PyTorch has no fused kernel beside 16-bit input, and says so."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d). Returns the same shape."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 class _Attention(nn.Module, AttentionModuleMixin):
     """What every attention here learns: four projections, and RMSNorm on the heads of q and k."""
 
@@ -331,8 +307,8 @@ class _Attention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList((nn.Linear(dim, dim), nn.Dropout(dropout)))
-        self.norm_q = QKNorm(dim // heads, eps=eps)
-        self.norm_k = QKNorm(dim // heads, eps=eps)
+        self.norm_q = RMSNorm(dim // heads, eps=eps)
+        self.norm_k = RMSNorm(dim // heads, eps=eps)
         self.processor = self._default_processor_cls()
 
 
@@ -476,11 +452,6 @@ class GlobalContext(nn.Module):
 
 
 # --- Block --------------------------------------------------------------------------------------------------
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x · (1 + scale) + shift. x: (B, N, D); shift, scale: (B, 1, D)."""
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 class LocalDiTBlock(nn.Module):

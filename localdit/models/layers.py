@@ -1,0 +1,38 @@
+"""What two architectures share unchanged and diffusers lacks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """(..., D) -> (..., A, d)."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn adjacent channels of x, (B, M, A, d), by the angles of a rotary table, (M, d/2, 2), in float32.
+
+    The table holds cosines and sines (RoFormer, arXiv 2104.09864, section 3.4.2).
+    """
+    pairs, table = x.float().unflatten(-1, (-1, 2)), rotary[:, None]
+    if torch.compiler.is_compiling():  # compilers fuse real arithmetic and know no complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:  # one pass where real arithmetic takes six
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return pairs.flatten(-2).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x · (1 + scale) + shift, where shift and scale have the shape of x or one that spreads to it."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight follows the dtype of what it meets: autocast leaves weights in float32, for which
+    PyTorch has no fused kernel beside 16-bit input, and says so. The mean square is float32 inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d). Returns the same shape."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
