@@ -408,7 +408,7 @@ def heard(model: Any, name: str) -> bool:
 @both
 @pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
 def test_an_untrained_model_predicts_zero_and_comes_alive_layer_by_layer(cls, post):
-    """First the final layer, behind it the gates, then what they gate, and last the text of the patch level."""
+    """First the final layer, behind it the gates, then what they gate, last the patch level's text."""
     torch.manual_seed(0)
     model = cls(**TOYS[cls], pixel_post_modulation=post)
     inputs = toy_inputs(model)

@@ -1,0 +1,1 @@
+"""Samplers that diffusers lacks, with its interfaces."""
