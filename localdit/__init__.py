@@ -12,16 +12,37 @@ from localdit._version import __version__
 if TYPE_CHECKING:
     from localdit.assets import MINI
     from localdit.models.local_dit import LocalDiTTransformer2DModel, TextContext
+    from localdit.models.pixeldit import PixelDiTTransformer2DModel
+    from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
     from localdit.pipelines.local_dit import LocalDiTPipeline
+    from localdit.pipelines.pixeldit import PixelDiTPipeline
+    from localdit.pipelines.pixeldit_text import PixelDiTTextPipeline
+    from localdit.schedulers.flow_adams_bashforth import FlowAdamsBashforthScheduler
 
 _HOMES = {
+    "FlowAdamsBashforthScheduler": "localdit.schedulers.flow_adams_bashforth",
     "MINI": "localdit.assets",
     "LocalDiTPipeline": "localdit.pipelines.local_dit",
     "LocalDiTTransformer2DModel": "localdit.models.local_dit",
+    "PixelDiTPipeline": "localdit.pipelines.pixeldit",
+    "PixelDiTTextPipeline": "localdit.pipelines.pixeldit_text",
+    "PixelDiTTextTransformer2DModel": "localdit.models.pixeldit_text",
+    "PixelDiTTransformer2DModel": "localdit.models.pixeldit",
     "TextContext": "localdit.models.local_dit",
 }
 
-__all__ = ["MINI", "LocalDiTPipeline", "LocalDiTTransformer2DModel", "TextContext", "__version__"]
+__all__ = [
+    "MINI",
+    "FlowAdamsBashforthScheduler",
+    "LocalDiTPipeline",
+    "LocalDiTTransformer2DModel",
+    "PixelDiTPipeline",
+    "PixelDiTTextPipeline",
+    "PixelDiTTextTransformer2DModel",
+    "PixelDiTTransformer2DModel",
+    "TextContext",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

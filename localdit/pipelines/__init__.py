@@ -1,19 +1,36 @@
-"""Pipelines: a prompt, and a picture if one likes, in; pictures out. One file per architecture.
+"""Pipelines: a prompt or a label, and a picture if one likes, in; pictures out. One file per architecture.
 
 Importing this package makes its pipelines known to diffusers, as far as diffusers lets others do so.
 """
 
 import warnings
 from contextlib import suppress
+from typing import Any
 
 import diffusers
 import transformers
 
 from localdit.models.local_dit import LocalDiTTransformer2DModel
+from localdit.models.pixeldit import PixelDiTTransformer2DModel
+from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
 from localdit.pipelines.common import NonFiniteError
 from localdit.pipelines.local_dit import LocalDiTPipeline
+from localdit.pipelines.pixeldit import PixelDiTPipeline
+from localdit.pipelines.pixeldit_text import PixelDiTTextPipeline
 
-__all__ = ["LocalDiTPipeline", "NonFiniteError"]
+__all__ = ["LocalDiTPipeline", "NonFiniteError", "PixelDiTPipeline", "PixelDiTTextPipeline"]
+
+PIPELINES = (LocalDiTPipeline, PixelDiTPipeline, PixelDiTTextPipeline)
+TEXT_PIPELINES = {"localdit": LocalDiTPipeline, "pixeldit": PixelDiTTextPipeline}  # of AutoPipelines
+# Models, with where their blocks return what they were given: the hidden states, and the text's, if any.
+MODELS: dict[Any, dict[str, int]] = {
+    LocalDiTTransformer2DModel: {"return_hidden_states_index": 0},
+    PixelDiTTransformer2DModel: {"return_hidden_states_index": 0},
+    PixelDiTTextTransformer2DModel: {
+        "return_hidden_states_index": 0,
+        "return_encoder_hidden_states_index": 1,
+    },
+}
 
 
 def register_with_diffusers() -> None:
@@ -24,8 +41,8 @@ def register_with_diffusers() -> None:
     registry are internals of diffusers: where they are missing or broken, their convenience is lost and no
     more.
     """
-    diffusers.LocalDiTPipeline = LocalDiTPipeline
-    diffusers.LocalDiTTransformer2DModel = LocalDiTTransformer2DModel  # for AutoModel
+    for cls in (*PIPELINES, *MODELS):  # models for AutoModel
+        setattr(diffusers, cls.__name__, cls)
 
     # The mappings' module imports most of diffusers' pipelines, whose warnings are nobody's business here.
     verbosity = transformers.logging.get_verbosity()
@@ -34,16 +51,15 @@ def register_with_diffusers() -> None:
         from diffusers.pipelines import auto_pipeline
 
         # One class does both tasks.
-        auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["localdit"] = LocalDiTPipeline
-        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["localdit"] = LocalDiTPipeline
+        auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.update(TEXT_PIPELINES)
+        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.update(TEXT_PIPELINES)
     transformers.logging.set_verbosity(verbosity)
 
     with suppress(ImportError, AttributeError, TypeError):
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
-        TransformerBlockRegistry.register(
-            LocalDiTTransformer2DModel.block_class, TransformerBlockMetadata(return_hidden_states_index=0)
-        )
+        for model, indices in MODELS.items():
+            TransformerBlockRegistry.register(model.block_class, TransformerBlockMetadata(**indices))
 
 
 register_with_diffusers()

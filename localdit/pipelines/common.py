@@ -1,8 +1,9 @@
-"""What pipelines share: checked text, pictures as tensors, the times of schedulers, LoRA, a watch for NaN."""
+"""What pipelines share: checked arguments, pictures as tensors, the times of schedulers, callbacks, LoRA, a
+watch for NaN."""
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, Union
@@ -67,6 +68,136 @@ def check_text(
     if not ((mask == 0) | (mask == 1)).all() or not (mask == 1).any(dim=1).all():
         raise ValueError(f"{name}_attention_mask must be 1 for text and 0 for padding, with a 1 in every row")
     return len(embeds)
+
+
+def check_prompts(
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    prompt_embeds: Tensor | None,
+    prompt_attention_mask: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    negative_prompt_attention_mask: Tensor | None,
+    *,
+    width: int,
+    max_sequence_length: int,
+    guided: bool,
+) -> int:
+    """Check prompts and negative prompts, or embeddings in their place; return how many prompts there are.
+
+    Args:
+        width: Of an embedding.
+        max_sequence_length: Tokens that text is made into.
+        guided: Whether the negative prompts will be used, so that they must be as long as the others.
+    """
+    prompts = check_text("prompt", prompt, prompt_embeds, prompt_attention_mask, width)
+    # To embeddings the default negative prompt, the empty text, is no contradiction.
+    negative = negative_prompt or ("" if negative_prompt_embeds is None else None)
+    negatives = check_text(
+        "negative_prompt", negative, negative_prompt_embeds, negative_prompt_attention_mask, width
+    )
+    if negatives != prompts and not isinstance(negative, str):
+        raise ValueError(
+            f"negative_prompt must be one text or {prompts}, one for each prompt, got {negatives}"
+        )
+    length, negative_length = (
+        max_sequence_length if embeds is None else embeds.shape[1]
+        for embeds in (prompt_embeds, negative_prompt_embeds)
+    )
+    if guided and length != negative_length:
+        raise ValueError(
+            f"prompt and negative_prompt must have one length, got {length} and {negative_length}; "
+            "that of text is max_sequence_length"
+        )
+    return prompts
+
+
+def check_call(
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    multiple: int,
+    latent_shape: tuple[int, ...],
+    counts: Mapping[str, int],
+    shares: Mapping[str, float],
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: Tensor | None,
+    output_type: str,
+    callback_tensor_inputs: Sequence[str],
+    known_tensor_inputs: Sequence[str],
+) -> None:
+    """Raise ValueError for arguments of any pipeline's `__call__` that cannot work.
+
+    Args:
+        batch: Pictures that there will be.
+        height, width: In pixels.
+        multiple: What they must be multiples of.
+        latent_shape: Shape of the noise.
+        counts: Numbers by argument, which must be at least 1.
+        shares: Numbers by argument, which must be from 0 to 1.
+        known_tensor_inputs: What may stand in `callback_on_step_end_tensor_inputs`.
+    """
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % multiple:
+            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {size}")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {share}")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    unknown = set(callback_tensor_inputs) - set(known_tensor_inputs)
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs must be among {known_tensor_inputs}, got {sorted(unknown)}"
+        )
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(
+            f"generator must be one or a list of {batch}, one for each picture, got {len(generator)}"
+        )
+    if latents is not None and (
+        latents.shape != latent_shape or not latents.is_floating_point() or not latents.isfinite().all()
+    ):
+        raise ValueError(
+            f"latents must be finite floating point numbers of shape {latent_shape}, "
+            f"got {latents.dtype} of shape {tuple(latents.shape)}"
+        )
+
+
+def label_names(id2label: Mapping[Any, str] | None) -> dict[str, int]:
+    """The label of each name, from names by label. One label may have several names, with commas between
+    them, as those of ImageNet have."""
+    names = {}
+    for label, text in (id2label or {}).items():
+        for name in text.split(","):
+            names[name.strip()] = int(label)  # JSON makes texts of numbers
+    return names
+
+
+def read_labels(class_labels: Any, names: Mapping[str, int], classes: int) -> list[int]:
+    """Labels from numbers or names.
+
+    Args:
+        class_labels: A number, a name, a list of them, or a tensor (B,) of numbers.
+        names: As `label_names` gives them.
+        classes: Labels are from 0 to `classes`; the last is no class.
+    """
+    if isinstance(class_labels, Tensor):
+        class_labels = class_labels.tolist()
+    given = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
+    labels = [names.get(label) if isinstance(label, str) else label for label in given]
+    if not labels:
+        raise ValueError(f"class_labels must hold a label, got {class_labels!r}")
+    for label, value in zip(labels, given):
+        if label is None:
+            raise ValueError(
+                f"class_labels must be numbers or known names, got {value!r}, which is none of {len(names)}"
+            )
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label <= classes:
+            raise ValueError(f"class_labels must be integers from 0 to {classes} or names, got {value!r}")
+    return labels
 
 
 def lost_words(tokenizer: Any, text: str, length: int) -> str:
@@ -267,6 +398,68 @@ class SafetensorsMixin:
                     refuse_pickles(part)
         load: Any = super().from_pretrained  # type: ignore[misc]
         return load(pretrained_model_name_or_path, **kwargs)
+
+
+def changed_text(
+    text: Mapping[str, Any], changed: Mapping[str, Any], was_guided: bool, guided: bool
+) -> dict[str, Any]:
+    """The tensors of the text, by argument, after a callback changed them, or the guidance."""
+    if guided and not was_guided:
+        raise ValueError(
+            "guidance_scale must be above 1 from the start if a callback is to raise it: a call without "
+            "guidance reads no negative prompt"
+        )
+    new = {name: changed.get(name, tensor) for name, tensor in text.items()}
+    # Callbacks that end the guidance, diffusers' own among them, expect the negative half before the positive
+    # one and keep the last rows. Here all rows are positive, and all are kept.
+    if was_guided and not guided and len(new["prompt_embeds"]) < len(text["prompt_embeds"]):
+        new |= {name: tensor for name, tensor in text.items() if not name.startswith("negative")}
+    return new
+
+
+class DenoisingMixin:
+    """What callbacks and tools of diffusers read off a pipeline while it denoises, and where it begins."""
+
+    scheduler: Any
+    _guidance_scale = 1.0
+    _attention_kwargs: dict[str, Any] | None = None
+    _num_timesteps = 0
+    _current_timestep: Tensor | None = None
+    _interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback sets `pipe._interrupt = True` to stop after its step, with what there is then."""
+        return self._interrupt
+
+    def get_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
+        """The times and the number of the last int(num_inference_steps * strength) steps, where the scheduler
+        is set to begin."""
+        steps = int(num_inference_steps * strength)
+        begin = (num_inference_steps - steps) * getattr(self.scheduler, "order", 1)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        return self.scheduler.timesteps[begin:], steps
 
 
 class TransformerLoraMixin(SanaLoraLoaderMixin):

@@ -16,11 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from localdit.models.local_dit import LocalDiTTransformer2DModel
 from localdit.pipelines.common import (
+    DenoisingMixin,
     ImageInput,
     SafetensorsMixin,
     TransformerLoraMixin,
+    changed_text,
+    check_call,
     check_images,
-    check_text,
+    check_prompts,
     float32_where_asked,
     image_size,
     is_picture,
@@ -44,7 +47,7 @@ TEXT_TENSORS = (
 VAE_REMEDY = "run the VAE in float32 (pipe.vae.to(torch.float32)), or take one made for float16"
 
 
-class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin):
+class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, DenoisingMixin):
     """Text to image, and image to image where `image` is given.
 
     A component may be None in calls that do without it: tokenizer and text_encoder with embeddings in place
@@ -61,12 +64,6 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components: ClassVar = ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
     _callback_tensor_inputs: ClassVar = ["latents", *TEXT_TENSORS]
-
-    _guidance_scale = 1.0
-    _attention_kwargs: dict[str, Any] | None = None
-    _num_timesteps = 0
-    _current_timestep: Tensor | None = None
-    _interrupt = False
 
     def __init__(
         self,
@@ -90,31 +87,6 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
     def vae_scale_factor(self) -> int:
         """Pixels to a latent, along a side."""
         return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        return self._attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback sets `pipe._interrupt = True` to stop after its step, with what there is then."""
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -291,7 +263,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
                     changed = callback_on_step_end(self, i, t, given) or {}
                     latents = changed.pop("latents", latents)
                     if changed or read_anew or guided != self.do_classifier_free_guidance:
-                        text = self._changed_text(text, changed, guided)
+                        text = changed_text(text, changed, guided, self.do_classifier_free_guidance)
                         guided = self.do_classifier_free_guidance
                         conditions = self._conditions(text, height, width, device)
                 if (i + 1) % order == 0 or i + 1 == len(times):
@@ -334,67 +306,41 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
 
         Returns how many pictures there will be.
         """
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % self._size_multiple:
-                raise ValueError(f"{name} must be a positive multiple of {self._size_multiple}, got {size}")
-        for name, count in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-            ("max_sequence_length", max_sequence_length),
-        ):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        for name, share in (("strength", strength), ("eta", eta)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {share}")
+        prompts = check_prompts(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            width=self.transformer.config.caption_channels,
+            max_sequence_length=max_sequence_length,
+            guided=self.do_classifier_free_guidance,
+        )
+        batch = prompts * num_images_per_prompt
+        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
+        check_call(
+            batch=batch,
+            height=height,
+            width=width,
+            multiple=self._size_multiple,
+            latent_shape=(batch, self.transformer.config.in_channels, *latent_size),
+            counts={
+                "num_inference_steps": num_inference_steps,
+                "num_images_per_prompt": num_images_per_prompt,
+                "max_sequence_length": max_sequence_length,
+            },
+            shares={"strength": strength, "eta": eta},
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+            known_tensor_inputs=self._callback_tensor_inputs,
+        )
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(
                 f"eta must be 0 with {type(self.scheduler).__name__}, which takes none, got {eta}"
             )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
-                f"got {sorted(unknown)}"
-            )
-
-        # Text, or embeddings in its place. To these the default negative prompt, the empty text, is no
-        # contradiction.
-        features = self.transformer.config.caption_channels
-        prompts = check_text("prompt", prompt, prompt_embeds, prompt_attention_mask, features)
-        negative = negative_prompt or ("" if negative_prompt_embeds is None else None)
-        negatives = check_text(
-            "negative_prompt", negative, negative_prompt_embeds, negative_prompt_attention_mask, features
-        )
-        if negatives != prompts and not isinstance(negative, str):
-            raise ValueError(
-                f"negative_prompt must be one text or {prompts}, one for each prompt, got {negatives}"
-            )
-        length, negative_length = (
-            max_sequence_length if embeds is None else embeds.shape[1]
-            for embeds in (prompt_embeds, negative_prompt_embeds)
-        )
-        if self.do_classifier_free_guidance and length != negative_length:
-            raise ValueError(
-                f"prompt and negative_prompt must have one length, got {length} and {negative_length}; "
-                "that of text is max_sequence_length"
-            )
-
-        batch = prompts * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(
-                f"generator must be one or a list of {batch}, one for each picture, got {len(generator)}"
-            )
-        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
-        if latents is not None:
-            shape = (batch, self.transformer.config.in_channels, *latent_size)
-            if latents.shape != shape or not latents.is_floating_point() or not latents.isfinite().all():
-                raise ValueError(
-                    f"latents must be finite floating point numbers of shape {shape}, "
-                    f"got {latents.dtype} of shape {tuple(latents.shape)}"
-                )
         if images:
             check_images(images, prompts, latent_size)
         if self.vae is None and output_type != "latent":
@@ -479,15 +425,6 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         require_finite(pixels, "the VAE's decoder", VAE_REMEDY)
         return pixels
-
-    def get_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
-        """The times and the number of the last int(num_inference_steps * strength) steps, where the scheduler
-        is set to begin."""
-        steps = int(num_inference_steps * strength)
-        begin = (num_inference_steps - steps) * getattr(self.scheduler, "order", 1)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(begin)
-        return self.scheduler.timesteps[begin:], steps
 
     def prepare_latents(
         self,
@@ -580,20 +517,3 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
                 ),
             }
         return {"encoder_hidden_states": context, "added_cond_kwargs": sizes}
-
-    def _changed_text(
-        self, text: dict[str, Any], changed: dict[str, Any], was_guided: bool
-    ) -> dict[str, Any]:
-        """The tensors of the text after a callback changed them, or the guidance."""
-        guided = self.do_classifier_free_guidance
-        if guided and not was_guided:
-            raise ValueError(
-                "guidance_scale must be above 1 from the start if a callback is to raise it: a call without "
-                "guidance reads no negative prompt"
-            )
-        new = text | {name: changed[name] for name in TEXT_TENSORS if name in changed}
-        # Callbacks that end the guidance, diffusers' own among them, expect the negative half before the
-        # positive one and keep the last rows. Here all rows are positive, and all are kept.
-        if was_guided and not guided and len(new["prompt_embeds"]) < len(text["prompt_embeds"]):
-            new |= {name: text[name] for name in ("prompt_embeds", "prompt_attention_mask")}
-        return new
