@@ -2,7 +2,18 @@
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 from torch import Tensor, nn
+
+
+def sincos_table(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
+    """2-D sine-cosine embedding, (h*w, dim), of the coordinates (h,) of rows and (w,) of columns.
+
+    Columns are in the first half of the channels, rows in the second: each is computed on its axis alone.
+    """
+    down, across = (get_1d_sincos_pos_embed_from_grid(dim // 2, axis) for axis in (rows, columns))
+    shape = (len(rows), len(columns), -1)
+    return torch.cat((across[None].expand(shape), down[:, None].expand(shape)), dim=-1).flatten(0, 1)
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:

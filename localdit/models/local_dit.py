@@ -18,11 +18,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import (
-    PatchEmbed,
-    PixArtAlphaTextProjection,
-    get_1d_sincos_pos_embed_from_grid,
-)
+from diffusers.models.embeddings import PatchEmbed, PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -30,7 +26,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from localdit.models.layers import RMSNorm, heads_of, modulate, rotate
+from localdit.models.layers import RMSNorm, heads_of, modulate, rotate, sincos_table
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
 from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
 
@@ -100,22 +96,13 @@ def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -
 def position_table(
     height: int, width: int, dim: int, base_size: int, interpolation_scale: float, device: torch.device
 ) -> Tensor:
-    """Diffusers' 2-D sine-cosine embedding, (N, dim), stretched to `base_size`.
+    """Diffusers' 2-D sine-cosine embedding, (N, dim), stretched to `base_size`."""
 
-    Columns are in the first half of the channels, rows in the second: each is computed on its axis alone.
-    """
+    def axis(length: int) -> Tensor:  # (length,)
+        index = torch.arange(length, device=device, dtype=torch.float32)
+        return index / (length / base_size) / interpolation_scale
 
-    def axis(length: int) -> Tensor:  # (length, dim/2)
-        grid = (
-            torch.arange(length, device=device, dtype=torch.float32)
-            / (length / base_size)
-            / interpolation_scale
-        )
-        return get_1d_sincos_pos_embed_from_grid(dim // 2, grid, output_type="pt")
-
-    shape = (height, width, -1)
-    table = torch.cat((axis(width)[None].expand(shape), axis(height)[:, None].expand(shape)), dim=-1)
-    return table.flatten(0, 1)
+    return sincos_table(axis(height), axis(width), dim)
 
 
 def shift_windows(

@@ -22,18 +22,14 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import (
-    PatchEmbed,
-    PixArtAlphaTextProjection,
-    Timesteps,
-    get_1d_sincos_pos_embed_from_grid,
-)
+from diffusers.models.embeddings import PatchEmbed, PixArtAlphaTextProjection, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from localdit.models.layers import heads_of, modulate
+from localdit.models.layers import heads_of, modulate, sincos_table
+from localdit.models.sparse_dit_single_file import SparseDiTSingleFileMixin
 
 # B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   L text tokens
 # D width of the backbone, M of the mixer   W inner width of an attention   A heads   d = W/A head width
@@ -125,20 +121,11 @@ def block_shapes(config: Any) -> tuple[list[BlockShape], list[BlockShape]]:
 def position_table(
     grid: tuple[int, int], dim: int, interpolation_scale: float, device: torch.device
 ) -> Tensor:
-    """2-D sine-cosine embedding, (N, dim), of token indices divided by `interpolation_scale`.
-
-    The column is in the first half of the channels, the row in the second.
-    """
-
-    def axis(length: int) -> Tensor:  # (length, dim/2)
-        index = torch.arange(length, device=device, dtype=torch.float32) / interpolation_scale
-        return get_1d_sincos_pos_embed_from_grid(dim // 2, index)
-
-    height, width = grid
-    shape = (height, width, -1)
-    return torch.cat((axis(width)[None].expand(shape), axis(height)[:, None].expand(shape)), dim=-1).flatten(
-        0, 1
+    """2-D sine-cosine embedding, (N, dim), of token indices divided by `interpolation_scale`."""
+    rows, columns = (
+        torch.arange(length, device=device, dtype=torch.float32) / interpolation_scale for length in grid
     )
+    return sincos_table(rows, columns, dim)
 
 
 def kept_count(tokens: int, mask_ratio: float) -> int:
@@ -549,7 +536,9 @@ class SparseTextContext:
         return len(self.text)
 
 
-class SparseDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class SparseDiTTransformer2DModel(
+    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, SparseDiTSingleFileMixin
+):
     """The SparseDiT transformer. The defaults are MicroDiT XL/2 at 256 pixels, 1.17 B parameters.
 
     It is the F of EDM's preconditioning: it reads latents already scaled by c_in and c_noise = ln(sigma) / 4,
