@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from localdit.models.local_dit import LocalDiTTransformer2DModel, TextContext
     from localdit.models.pixeldit import PixelDiTTransformer2DModel
     from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
+    from localdit.models.sparse_dit import SparseDiTTransformer2DModel, SparseTextContext
     from localdit.pipelines.local_dit import LocalDiTPipeline
     from localdit.pipelines.pixeldit import PixelDiTPipeline
     from localdit.pipelines.pixeldit_text import PixelDiTTextPipeline
+    from localdit.pipelines.sparse_dit import SparseDiTPipeline
+    from localdit.schedulers.edm_heun import EDMHeunScheduler
     from localdit.schedulers.flow_adams_bashforth import FlowAdamsBashforthScheduler
 
 _HOMES = {
+    "EDMHeunScheduler": "localdit.schedulers.edm_heun",
     "FlowAdamsBashforthScheduler": "localdit.schedulers.flow_adams_bashforth",
     "MINI": "localdit.assets",
     "LocalDiTPipeline": "localdit.pipelines.local_dit",
@@ -28,11 +32,15 @@ _HOMES = {
     "PixelDiTTextPipeline": "localdit.pipelines.pixeldit_text",
     "PixelDiTTextTransformer2DModel": "localdit.models.pixeldit_text",
     "PixelDiTTransformer2DModel": "localdit.models.pixeldit",
+    "SparseDiTPipeline": "localdit.pipelines.sparse_dit",
+    "SparseDiTTransformer2DModel": "localdit.models.sparse_dit",
+    "SparseTextContext": "localdit.models.sparse_dit",
     "TextContext": "localdit.models.local_dit",
 }
 
 __all__ = [
     "MINI",
+    "EDMHeunScheduler",
     "FlowAdamsBashforthScheduler",
     "LocalDiTPipeline",
     "LocalDiTTransformer2DModel",
@@ -40,6 +48,9 @@ __all__ = [
     "PixelDiTTextPipeline",
     "PixelDiTTextTransformer2DModel",
     "PixelDiTTransformer2DModel",
+    "SparseDiTPipeline",
+    "SparseDiTTransformer2DModel",
+    "SparseTextContext",
     "TextContext",
     "__version__",
 ]

@@ -7,7 +7,11 @@ names its class and its config fields; a weight file names the parameters.
 import json
 
 import localdit.models.local_dit
+import localdit.models.sparse_dit
+import localdit.schedulers.edm_heun
 from localdit.models.local_dit import LocalDiTTransformer2DModel
+from localdit.models.sparse_dit import SparseDiTTransformer2DModel
+from localdit.schedulers.edm_heun import EDMHeunScheduler
 
 TOY = {
     "num_attention_heads": 2,
@@ -113,3 +117,131 @@ def test_the_transformers_weight_file_holds_these_names():
 def test_a_block_without_global_context_leaves_its_names_out():
     names = LocalDiTTransformer2DModel(**TOY, global_context=False).state_dict().keys()
     assert not any("global_context" in name or "relative_position_bias" in name for name in names)
+
+
+# --- SparseDiT
+
+SPARSE = {
+    "sample_size": 8,
+    "hidden_size": 64,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "ffn_multiple_of": 32,
+    "caption_channels": 24,
+    "mixer_num_layers": 1,
+    "mixer_hidden_size": 48,
+    "num_experts": 4,
+}
+
+
+def test_sparse_dit_and_its_scheduler_keep_their_modules_and_their_names():
+    for cls, module in (
+        (SparseDiTTransformer2DModel, localdit.models.sparse_dit),
+        (EDMHeunScheduler, localdit.schedulers.edm_heun),
+    ):
+        assert (cls.__module__, cls.__qualname__) == (module.__name__, cls.__name__)
+    # Diffusers looks for its base classes in the component's own module when it loads a pipeline.
+    assert hasattr(localdit.models.sparse_dit, "ModelMixin")
+    assert hasattr(localdit.schedulers.edm_heun, "SchedulerMixin")
+
+
+def test_a_sparse_dit_pipeline_folder_names_its_components(tmp_path):
+    from localdit.pipelines.sparse_dit import SparseDiTPipeline
+
+    transformer, scheduler = SparseDiTTransformer2DModel(**SPARSE), EDMHeunScheduler(sigma_data=0.9)
+    SparseDiTPipeline(transformer=transformer, scheduler=scheduler).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index.pop("_diffusers_version")
+    assert index == {
+        "_class_name": "SparseDiTPipeline",
+        "tokenizer": [None, None],
+        "text_encoder": [None, None],
+        "vae": [None, None],
+        "transformer": ["localdit.models.sparse_dit", "SparseDiTTransformer2DModel"],
+        "scheduler": ["localdit.schedulers.edm_heun", "EDMHeunScheduler"],
+    }
+    scheduler_config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    scheduler_config.pop("_diffusers_version")
+    assert scheduler_config == {
+        "_class_name": "EDMHeunScheduler",
+        "final_sigmas_type": "zero",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "rho": 7.0,
+        "s_churn": 0.0,
+        "s_noise": 1.0,
+        "s_tmax": None,
+        "s_tmin": 0.0,
+        "sigma_data": 0.9,
+        "sigma_max": 80.0,
+        "sigma_min": 0.002,
+        "sigma_schedule": "karras",
+        "state_dtype": "float32",
+    }
+
+
+def test_sparse_dits_config_file_holds_these_fields(tmp_path):
+    SparseDiTTransformer2DModel(**SPARSE).save_config(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("_diffusers_version")
+    assert config == {
+        "_class_name": "SparseDiTTransformer2DModel",
+        "attention_head_dim": 16,
+        "attention_ratio": [0.5, 1.0],
+        "caption_channels": 24,
+        "depth_scaled_init": True,
+        "expert_capacity": 2.0,
+        "ffn_inner_factor": 2 / 3,
+        "ffn_multiple_of": 32,
+        "ffn_ratio": [0.5, 4.0],
+        "hidden_size": 64,
+        "in_channels": 4,
+        "interpolation_scale": 1.0,
+        "mixer_attention_ratio": 1.0,
+        "mixer_depth_scaled_init": False,
+        "mixer_ffn_ratio": 4.0,
+        "mixer_hidden_size": 48,
+        "mixer_num_layers": 1,
+        "moe_every_n": 2,
+        "norm_eps": 1e-06,
+        "num_experts": 4,
+        "num_layers": 3,
+        "out_channels": None,
+        "patch_size": 2,
+        "qk_norm_affine": False,
+        "residual_init_denominator": 2,
+        "sample_size": 8,
+        "timestep_embed_dim": 512,
+        "use_bias": False,
+    }
+
+
+def test_sparse_dits_weight_file_holds_these_names():
+    def weights(*names: str) -> set[str]:
+        return {f"{name}.weight" for name in names}
+
+    def affine(*names: str) -> set[str]:
+        return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+    attention = [f"attn1.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+    dense = {f"ff.{name}_proj.weight" for name in ("gate", "up", "down")}
+    sparse = {"ff.router.weight", "ff.experts_in", "ff.experts_out"}
+    block = weights("norm1", "norm2", "norm3", *attention) | affine("adaln")
+    block |= weights(*(name.replace("attn1", "attn2") for name in attention))
+    whole = affine("patch_embed.proj", "time_embed.linear_1", "time_embed.linear_2", "adaln_out", "proj_out")
+    for part in ("caption_projection", "pooled_projection"):
+        whole |= affine(f"{part}.linear_1", f"{part}.linear_2") | weights(f"{part}.norm")
+    for part in ("mixer_in", "mixer_context", "mixer_out"):
+        whole |= weights(f"{part}.norm", f"{part}.proj")
+    whole |= weights("norm_out")
+    expected = (
+        whole
+        | {f"caption_refiner.{name}" for name in weights("norm1", "norm2", *attention) | dense}
+        | {f"mixer_blocks.0.{name}" for name in block | dense}
+        | {f"transformer_blocks.{i}.{name}" for i in (0, 2) for name in block | dense}
+        | {f"transformer_blocks.1.{name}" for name in block | sparse}
+    )
+    assert SparseDiTTransformer2DModel(**SPARSE).state_dict().keys() == expected
+    affine_norms = SparseDiTTransformer2DModel(**SPARSE, qk_norm_affine=True).state_dict().keys() - expected
+    assert len(affine_norms) == 2 * (1 + 2 * 4)
+    assert all(name.endswith(("norm_q.weight", "norm_k.weight")) for name in affine_norms)

@@ -30,15 +30,17 @@ from torch import Tensor, nn
 
 from localdit.models.layers import heads_of, modulate, sincos_table
 from localdit.models.sparse_dit_single_file import SparseDiTSingleFileMixin
+from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
 
 # B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   L text tokens
 # D width of the backbone, M of the mixer   W inner width of an attention   A heads   d = W/A head width
 # E experts   K tokens per expert   f hidden width of a feed-forward
 
-_POSITIVE_SIZES = (
+_SIZES = (
     "sample_size",
     "patch_size",
     "in_channels",
+    "out_channels",
     "hidden_size",
     "num_layers",
     "attention_head_dim",
@@ -537,7 +539,13 @@ class SparseTextContext:
 
 
 class SparseDiTTransformer2DModel(
-    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, SparseDiTSingleFileMixin
+    StrictModelMixin,
+    ModelMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    CacheMixin,
+    SparseDiTSingleFileMixin,
 ):
     """The SparseDiT transformer. The defaults are MicroDiT XL/2 at 256 pixels, 1.17 B parameters.
 
@@ -609,8 +617,8 @@ class SparseDiTTransformer2DModel(
         attention_head_dim: int = 64,
         caption_channels: int = 1024,
         interpolation_scale: float = 1.0,
-        attention_ratio: Sequence[float] = (0.5, 1.0),
-        ffn_ratio: Sequence[float] = (0.5, 4.0),
+        attention_ratio: tuple[float, ...] = (0.5, 1.0),
+        ffn_ratio: tuple[float, ...] = (0.5, 4.0),
         ffn_multiple_of: int = 256,
         ffn_inner_factor: float = 2 / 3,
         mixer_num_layers: int = 6,
@@ -845,11 +853,11 @@ class SparseDiTTransformer2DModel(
 
     def _check_config(self) -> None:
         config = self.config
-        for name in _POSITIVE_SIZES:
-            if not isinstance(config[name], int) or config[name] < 1:
-                raise ValueError(f"{name} must be a positive integer, got {config[name]!r}")
-        if not isinstance(config.mixer_num_layers, int) or config.mixer_num_layers < 0:
-            raise ValueError(f"mixer_num_layers must be a whole number, got {config.mixer_num_layers!r}")
+        sizes = {name: config[name] for name in _SIZES if config[name] is not None}
+        check_sizes(sizes)
+        check_types(SparseDiTTransformer2DModel.__init__, config)
+        if config.mixer_num_layers < 0:
+            raise ValueError(f"mixer_num_layers must not be negative, got {config.mixer_num_layers}")
         for name in ("hidden_size", "mixer_hidden_size"):
             if config[name] % config.attention_head_dim:
                 raise ValueError(
@@ -874,6 +882,16 @@ class SparseDiTTransformer2DModel(
         ):
             if not config[name] > 0:
                 raise ValueError(f"{name} must be positive, got {config[name]}")
+        if not 0 <= config.norm_eps < 1:
+            raise ValueError(f"norm_eps must be at least 0 and less than 1, got {config.norm_eps}")
+
+        dim, depth, mixer_dim = config.hidden_size, config.num_layers, config.mixer_hidden_size
+        channels = config.in_channels + sizes.get("out_channels", 0)
+        ends = config.caption_channels + config.timestep_embed_dim + config.patch_size**2 * channels
+        widest = int(dim * max(*config.attention_ratio, *config.ffn_ratio))
+        experts = depth // config.moe_every_n * config.num_experts * config.ffn_multiple_of
+        mixer = config.mixer_num_layers * mixer_dim * int(mixer_dim * (10 + config.mixer_ffn_ratio))
+        check_parameters(depth * 10 * dim**2 + dim * (widest + experts + ends) + mixer, sizes)
 
     def _check_inputs(
         self,

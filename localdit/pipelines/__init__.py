@@ -13,15 +13,28 @@ import transformers
 from localdit.models.local_dit import LocalDiTTransformer2DModel
 from localdit.models.pixeldit import PixelDiTTransformer2DModel
 from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
+from localdit.models.sparse_dit import SparseDiTTransformer2DModel
 from localdit.pipelines.common import NonFiniteError
 from localdit.pipelines.local_dit import LocalDiTPipeline
 from localdit.pipelines.pixeldit import PixelDiTPipeline
 from localdit.pipelines.pixeldit_text import PixelDiTTextPipeline
+from localdit.pipelines.sparse_dit import SparseDiTPipeline
 
-__all__ = ["LocalDiTPipeline", "NonFiniteError", "PixelDiTPipeline", "PixelDiTTextPipeline"]
+__all__ = [
+    "LocalDiTPipeline",
+    "NonFiniteError",
+    "PixelDiTPipeline",
+    "PixelDiTTextPipeline",
+    "SparseDiTPipeline",
+]
 
-PIPELINES = (LocalDiTPipeline, PixelDiTPipeline, PixelDiTTextPipeline)
-TEXT_PIPELINES = {"localdit": LocalDiTPipeline, "pixeldit": PixelDiTTextPipeline}  # of AutoPipelines
+PIPELINES = (LocalDiTPipeline, PixelDiTPipeline, PixelDiTTextPipeline, SparseDiTPipeline)
+# Of AutoPipelines.
+TEXT_PIPELINES = {
+    "localdit": LocalDiTPipeline,
+    "pixeldit": PixelDiTTextPipeline,
+    "sparsedit": SparseDiTPipeline,
+}
 # Models, with where their blocks return what they were given: the hidden states, and the text's, if any.
 MODELS: dict[Any, dict[str, int]] = {
     LocalDiTTransformer2DModel: {"return_hidden_states_index": 0},
@@ -30,6 +43,7 @@ MODELS: dict[Any, dict[str, int]] = {
         "return_hidden_states_index": 0,
         "return_encoder_hidden_states_index": 1,
     },
+    SparseDiTTransformer2DModel: {"return_hidden_states_index": 0},
 }
 
 

@@ -12,10 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from localdit.models.strict import refuse_pickles
+
+VAE_REMEDY = "run the VAE in float32 (pipe.vae.to(torch.float32)), or take one made for float16"
 
 ImageInput: TypeAlias = Union[Image.Image, np.ndarray, Tensor, Sequence["ImageInput"]]  # noqa: UP007
 
@@ -30,21 +34,16 @@ def require_finite(x: Tensor, source: str, remedy: str) -> None:
         raise NonFiniteError(f"{source} gave numbers that are not finite: {remedy}")
 
 
-def check_text(
-    name: str, text: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, width: int
-) -> int:
+def check_text(name: str, text: str | list[str] | None, embeds: Tensor | None, width: int) -> int:
     """Check text, or embeddings in its place, and return how many there are.
 
     Args:
-        name: Of the argument that holds the text; the others are `{name}_embeds` and `{name}_attention_mask`.
+        name: Of the argument that holds the text; that of the embeddings is `{name}_embeds`.
         text: One text or a list; None with embeddings.
         embeds: (texts, T, width), or None.
-        mask: (texts, T), 1 = keep, 0 = padding; None without embeddings.
         width: Of an embedding.
     """
     if embeds is None:
-        if mask is not None:
-            raise ValueError(f"{name}_attention_mask must come with {name}_embeds")
         texts = text if isinstance(text, list) else [text]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(
@@ -60,6 +59,15 @@ def check_text(
         raise ValueError(
             f"{name}_embeds must be finite floating point numbers, got {embeds.dtype} or NaN or infinity"
         )
+    return len(embeds)
+
+
+def check_text_mask(name: str, embeds: Tensor | None, mask: Tensor | None) -> None:
+    """Check `{name}_attention_mask`, (texts, T), 1 = keep, 0 = padding, which goes with embeddings alone."""
+    if embeds is None:
+        if mask is not None:
+            raise ValueError(f"{name}_attention_mask must come with {name}_embeds")
+        return
     if mask is None or mask.shape != embeds.shape[:2]:
         raise ValueError(
             f"{name}_attention_mask must be {tuple(embeds.shape[:2])} as {name}_embeds is, "
@@ -67,7 +75,6 @@ def check_text(
         )
     if not ((mask == 0) | (mask == 1)).all() or not (mask == 1).any(dim=1).all():
         raise ValueError(f"{name}_attention_mask must be 1 for text and 0 for padding, with a 1 in every row")
-    return len(embeds)
 
 
 def check_prompts(
@@ -89,12 +96,12 @@ def check_prompts(
         max_sequence_length: Tokens that text is made into.
         guided: Whether the negative prompts will be used, so that they must be as long as the others.
     """
-    prompts = check_text("prompt", prompt, prompt_embeds, prompt_attention_mask, width)
+    prompts = check_text("prompt", prompt, prompt_embeds, width)
+    check_text_mask("prompt", prompt_embeds, prompt_attention_mask)
     # To embeddings the default negative prompt, the empty text, is no contradiction.
     negative = negative_prompt or ("" if negative_prompt_embeds is None else None)
-    negatives = check_text(
-        "negative_prompt", negative, negative_prompt_embeds, negative_prompt_attention_mask, width
-    )
+    negatives = check_text("negative_prompt", negative, negative_prompt_embeds, width)
+    check_text_mask("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
     if negatives != prompts and not isinstance(negative, str):
         raise ValueError(
             f"negative_prompt must be one text or {prompts}, one for each prompt, got {negatives}"
@@ -415,6 +422,101 @@ def changed_text(
     if was_guided and not guided and len(new["prompt_embeds"]) < len(text["prompt_embeds"]):
         new |= {name: tensor for name, tensor in text.items() if not name.startswith("negative")}
     return new
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures of latents (B, C, H, W): (B, 3, height, width), float32, black -1 and white 1.
+
+    Raises:
+        NonFiniteError: The VAE gives NaN or infinity.
+    """
+    latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    with float32_where_asked(vae):
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+    require_finite(pixels, "the VAE's decoder", VAE_REMEDY)
+    return pixels
+
+
+class LatentsMixin:
+    """Pictures to latents, where denoising begins, and back, for a pipeline with a `vae` that may be None."""
+
+    vae: Any
+    transformer: Any
+    scheduler: Any
+    image_processor: Any
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent, along a side."""
+        return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode_image(
+        self,
+        images: list[Tensor],
+        batch_size: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Latents of `read_images`' pictures, (batch_size, C, H, W): each picture goes through the VAE once,
+        and every latent is a sample of its own. Latents are taken as they are."""
+        repeats = batch_size // len(images)
+        if not is_picture(images[0]):
+            return torch.stack(images).to(device).repeat_interleave(repeats, dim=0)
+        pixels = self.image_processor.normalize(resize_images(images, height, width))
+        with float32_where_asked(self.vae):
+            moments = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.parameters
+        require_finite(moments, "the VAE's encoder", VAE_REMEDY)
+        posterior = DiagonalGaussianDistribution(moments.float().repeat_interleave(repeats, dim=0))
+        shift = self.vae.config.get("shift_factor") or 0.0
+        return (posterior.sample(generator) - shift) * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pictures of latents (B, C, H, W): (B, 3, height, width), float32, black -1 and white 1."""
+        return decode_latents(self.vae, latents)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        timesteps: Tensor,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        image_latents: Tensor | None = None,
+    ) -> Tensor:
+        """Latents to denoise, (batch_size, C, H, W): noise alone, or `image_latents` with the noise of the
+        first time to visit. The noise is drawn in float32, so that a seed means the same at every
+        precision."""
+        factor = self.vae_scale_factor
+        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
+        if latents is None:
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        else:
+            noise = latents.to(device, torch.float32)
+        if image_latents is None:
+            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if len(timesteps) == 0:
+            return image_latents
+        first = timesteps[:1].expand(batch_size)
+        if hasattr(self.scheduler, "scale_noise"):  # flow matching
+            return self.scheduler.scale_noise(image_latents, first, noise)
+        return self.scheduler.add_noise(image_latents, noise, first)
+
+    @property
+    def _size_multiple(self) -> int:
+        """Pixels to a token, along a side."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def _default_size(self, images: list[Tensor]) -> tuple[int, int]:
+        """Height and width in pixels: the images', rounded down, or what the transformer was made for."""
+        if not images:
+            return (self.transformer.config.sample_size * self.vae_scale_factor,) * 2
+        pixels = 1 if is_picture(images[0]) else self.vae_scale_factor
+        height, width = image_size(images, self._size_multiple // pixels)
+        return height * pixels, width * pixels
 
 
 class DenoisingMixin:

@@ -9,8 +9,6 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,19 +16,17 @@ from localdit.models.local_dit import LocalDiTTransformer2DModel
 from localdit.pipelines.common import (
     DenoisingMixin,
     ImageInput,
+    LatentsMixin,
     SafetensorsMixin,
     TransformerLoraMixin,
     changed_text,
     check_call,
     check_images,
     check_prompts,
-    float32_where_asked,
-    image_size,
     is_picture,
     lost_words,
     read_images,
     require_finite,
-    resize_images,
     set_timesteps,
 )
 
@@ -44,10 +40,11 @@ TEXT_TENSORS = (
     "negative_prompt_embeds",
     "negative_prompt_attention_mask",
 )
-VAE_REMEDY = "run the VAE in float32 (pipe.vae.to(torch.float32)), or take one made for float16"
 
 
-class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, DenoisingMixin):
+class LocalDiTPipeline(
+    SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, DenoisingMixin, LatentsMixin
+):
     """Text to image, and image to image where `image` is given.
 
     A component may be None in calls that do without it: tokenizer and text_encoder with embeddings in place
@@ -82,11 +79,6 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             scheduler=scheduler,
         )
         self.image_processor = VaeImageProcessor()
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels to a latent, along a side."""
-        return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def __call__(
@@ -394,79 +386,6 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             None if x is None else x.to(device).repeat_interleave(num_images_per_prompt, dim=0)
             for x in tensors
         )
-
-    def encode_image(
-        self,
-        images: list[Tensor],
-        batch_size: int,
-        height: int,
-        width: int,
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> Tensor:
-        """Latents of `read_images`' pictures, (batch_size, C, H, W): each picture goes through the VAE once,
-        and every latent is a sample of its own. Latents are taken as they are."""
-        repeats = batch_size // len(images)
-        if not is_picture(images[0]):
-            return torch.stack(images).to(device).repeat_interleave(repeats, dim=0)
-        pixels = self.image_processor.normalize(resize_images(images, height, width))
-        with float32_where_asked(self.vae):
-            moments = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.parameters
-        require_finite(moments, "the VAE's encoder", VAE_REMEDY)
-        posterior = DiagonalGaussianDistribution(moments.float().repeat_interleave(repeats, dim=0))
-        shift = self.vae.config.get("shift_factor") or 0.0
-        return (posterior.sample(generator) - shift) * self.vae.config.scaling_factor
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pictures of latents (B, C, H, W): (B, 3, height, width), float32, black -1 and white 1."""
-        shift = self.vae.config.get("shift_factor") or 0.0
-        latents = latents / self.vae.config.scaling_factor + shift
-        with float32_where_asked(self.vae):
-            pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-        require_finite(pixels, "the VAE's decoder", VAE_REMEDY)
-        return pixels
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        height: int,
-        width: int,
-        timesteps: Tensor,
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        image_latents: Tensor | None = None,
-    ) -> Tensor:
-        """Latents to denoise, (batch_size, C, H, W): noise alone, or `image_latents` with the noise of the
-        first time to visit. The noise is drawn in float32, so that a seed means the same at every
-        precision."""
-        factor = self.vae_scale_factor
-        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
-        if latents is None:
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        else:
-            noise = latents.to(device, torch.float32)
-        if image_latents is None:
-            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        if len(timesteps) == 0:
-            return image_latents
-        first = timesteps[:1].expand(batch_size)
-        if hasattr(self.scheduler, "scale_noise"):  # flow matching
-            return self.scheduler.scale_noise(image_latents, first, noise)
-        return self.scheduler.add_noise(image_latents, noise, first)
-
-    @property
-    def _size_multiple(self) -> int:
-        """Pixels to a token, along a side."""
-        return self.vae_scale_factor * self.transformer.config.patch_size
-
-    def _default_size(self, images: list[Tensor]) -> tuple[int, int]:
-        """Height and width in pixels: the images', rounded down, or what the transformer was made for."""
-        if not images:
-            return (self.transformer.config.sample_size * self.vae_scale_factor,) * 2
-        pixels = 1 if is_picture(images[0]) else self.vae_scale_factor
-        height, width = image_size(images, self._size_multiple // pixels)
-        return height * pixels, width * pixels
 
     def _encode_texts(self, texts: list[str], device: torch.device, length: int) -> tuple[Tensor, Tensor]:
         """Embeddings (len(texts), length, caption_channels) and their mask; equal texts are read once."""
