@@ -1,4 +1,4 @@
-"""LEDiT: a class-to-image diffusion transformer without positional encoding, for sizes beyond the trained one.
+"""LEDiT: a class-to-image diffusion transformer without positional encoding, for sizes beyond its training.
 
 "LEDiT: Your Length-Extrapolatable Diffusion Transformer without Positional Encoding" (2025, arXiv 2503.04344,
 version 3). It is a DiT (Peebles & Xie 2022, arXiv 2212.09748) whose tokens learn where they are from two
@@ -156,16 +156,7 @@ def attention_kinds(pattern: str | Sequence[str], layers: int) -> tuple[Kind, ..
 
 
 class LocalityConv(nn.Conv2d):
-    """One convolution on the token grid, whose zero padding tells tokens of the border (section 3.3).
-
-    Args:
-        dim: Width D.
-        kernel_size: Tokens along a side, odd.
-        groups: 1 for a full convolution, D for a depthwise one.
-    """
-
-    def __init__(self, dim: int, kernel_size: int, groups: int):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=groups)
+    """The convolution on the token grid, whose zero padding tells tokens of the border (section 3.3)."""
 
     def forward(self, x: Tensor, dilation: int = 1) -> Tensor:
         """x: (B, D, h, w). Any dilation has the same weights and is padded to the same size. Returns x's
@@ -366,7 +357,9 @@ class LEDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
         dim = num_attention_heads * attention_head_dim
 
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.locality_conv = LocalityConv(dim, conv_kernel_size, conv_groups) if conv_kernel_size else None
+        self.locality_conv = (
+            LocalityConv(dim, dim, conv_kernel_size, groups=conv_groups) if conv_kernel_size else None
+        )
         self.locality_norm = nn.LayerNorm(dim, eps=norm_eps) if conv_norm else None
         # DiT's frequencies, 10000^(-k/128). Diffusers' DiT has k/127: its default divides by one less.
         self.time_proj = Timesteps(_TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)

@@ -578,7 +578,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_draws_no_second_dilation
 
 
 def test_a_depthwise_convolution_is_one_of_many_groups():
-    conv = LocalityConv(6, 3, groups=6)
+    conv = LocalityConv(6, 6, 3, groups=6)
     x = torch.randn(2, 6, 5, 4)
     expected = torch.cat(
         [nn.functional.conv2d(x[:, i : i + 1], conv.weight[i : i + 1], padding=1) for i in range(6)], dim=1
