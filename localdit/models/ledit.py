@@ -27,13 +27,15 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from localdit.models.layers import heads_of, modulate
+from localdit.models.ledit_single_file import LEDiTSingleFileMixin
+from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
 
 # B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   T tokens in training
 # D width   A heads   d = D/A head width
 
 _TIMESTEP_CHANNELS = 256  # sines and cosines of the timestep
 
-_POSITIVE_SIZES = (
+_SIZES = (
     "sample_size",
     "patch_size",
     "in_channels",
@@ -46,8 +48,7 @@ _POSITIVE_SIZES = (
     "multi_dilation",
 )
 
-CausalVariant: TypeAlias = Literal["raster", "rectangle", "neighborhood", "corner"]
-Kind: TypeAlias = Literal["sa", "ca"]  # a block's attention: over all tokens, or over those the mask shows
+Kind: TypeAlias = Literal["sa", "ca"]  # a block's attention: over all tokens, or over those a mask shows
 # (N, N) bool, True where query may see key; or the same by blocks, for FlexAttention; None: no mask.
 Mask: TypeAlias = Tensor | BlockMask | None
 
@@ -84,7 +85,7 @@ _SEES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def causal_mask(variant: CausalVariant, height: int, width: int, device: torch.device | str) -> Tensor:
+def causal_mask(variant: str, height: int, width: int, device: torch.device | str) -> Tensor:
     """Which keys each query sees, (N, N) bool, for a grid of `height` x `width` tokens in raster order."""
     row = torch.arange(height, device=device)[:, None, None, None]
     column = torch.arange(width, device=device)[None, :, None, None]
@@ -92,9 +93,7 @@ def causal_mask(variant: CausalVariant, height: int, width: int, device: torch.d
     return seen.expand(height, width, height, width).reshape(height * width, -1)
 
 
-def causal_block_mask(
-    variant: CausalVariant, height: int, width: int, device: torch.device | str
-) -> BlockMask:
+def causal_block_mask(variant: str, height: int, width: int, device: torch.device | str) -> BlockMask:
     """`causal_mask` as FlexAttention takes it: which blocks of 128 x 128 pairs are seen, and the formula."""
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -105,9 +104,7 @@ def causal_block_mask(
 
 
 @lru_cache(maxsize=4)
-def cached_mask(
-    make: Callable[..., Any], variant: CausalVariant, height: int, width: int, device: torch.device
-) -> Any:
+def cached_mask(make: Callable[..., Any], variant: str, height: int, width: int, device: torch.device) -> Any:
     """`causal_mask` or `causal_block_mask`, once per grid and device, for all blocks, steps and models.
 
     A mask of N tokens has N² bytes: 16 MiB at 4096 tokens.
@@ -286,7 +283,15 @@ class LEDiTBlock(nn.Module):
 # --- Model --------------------------------------------------------------------------------------------------
 
 
-class LEDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class LEDiTTransformer2DModel(
+    StrictModelMixin,
+    ModelMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    CacheMixin,
+    LEDiTSingleFileMixin,
+):
     """The LEDiT transformer. The defaults are LEDiT-XL/2 for 256 x 256 pixels: 686,779,808 parameters.
 
     A subclass may name another `block_class` and add config fields.
@@ -344,7 +349,7 @@ class LEDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
         norm_eps: float = 1e-6,
         num_classes: int = 1000,
         attention_pattern: str | tuple[str, ...] = "sa_ca",
-        causal_variant: CausalVariant = "corner",
+        causal_variant: str = "corner",
         conv_kernel_size: int = 3,
         conv_groups: int = 1,
         conv_norm: bool = False,
@@ -508,14 +513,16 @@ class LEDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
 
     def _check_config(self) -> None:
         config = self.config
-        for name in _POSITIVE_SIZES:
-            if not isinstance(config[name], int) or config[name] < 1:
-                raise ValueError(f"{name} must be a positive integer, got {config[name]!r}")
+        sizes = {name: config[name] for name in _SIZES}
+        check_sizes(sizes)
+        check_types(LEDiTTransformer2DModel.__init__, config)
         if not config.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio must be positive, got {config.mlp_ratio}")
+        if not 0 <= config.norm_eps < 1:
+            raise ValueError(f"norm_eps must be at least 0 and less than 1, got {config.norm_eps}")
         kernel = config.conv_kernel_size
-        if not isinstance(kernel, int) or kernel < 0 or (kernel and kernel % 2 == 0):
-            raise ValueError(f"conv_kernel_size must be odd, or 0 for no convolution, got {kernel!r}")
+        if kernel < 0 or (kernel and kernel % 2 == 0):
+            raise ValueError(f"conv_kernel_size must be odd, or 0 for no convolution, got {kernel}")
         dim = config.num_attention_heads * config.attention_head_dim
         if dim % config.conv_groups:
             raise ValueError(
@@ -534,6 +541,11 @@ class LEDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapt
                 f"sample_size must be at least 2 patches of {config.patch_size} with scale_attention, "
                 f"got {config.sample_size}"
             )
+        ends = config.num_classes + config.patch_size**2 * (config.in_channels + config.out_channels)
+        block = int((10 + 2 * config.mlp_ratio) * dim**2)
+        check_parameters(
+            config.num_layers * block + dim * (ends + kernel**2 * dim // config.conv_groups), sizes
+        )
 
     def _check_inputs(
         self,
