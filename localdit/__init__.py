@@ -11,10 +11,12 @@ from localdit._version import __version__
 
 if TYPE_CHECKING:
     from localdit.assets import MINI
+    from localdit.models.ledit import LEDiTTransformer2DModel
     from localdit.models.local_dit import LocalDiTTransformer2DModel, TextContext
     from localdit.models.pixeldit import PixelDiTTransformer2DModel
     from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
     from localdit.models.sparse_dit import SparseDiTTransformer2DModel, SparseTextContext
+    from localdit.pipelines.ledit import LEDiTPipeline
     from localdit.pipelines.local_dit import LocalDiTPipeline
     from localdit.pipelines.pixeldit import PixelDiTPipeline
     from localdit.pipelines.pixeldit_text import PixelDiTTextPipeline
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "EDMHeunScheduler": "localdit.schedulers.edm_heun",
     "FlowAdamsBashforthScheduler": "localdit.schedulers.flow_adams_bashforth",
+    "LEDiTPipeline": "localdit.pipelines.ledit",
+    "LEDiTTransformer2DModel": "localdit.models.ledit",
     "MINI": "localdit.assets",
     "LocalDiTPipeline": "localdit.pipelines.local_dit",
     "LocalDiTTransformer2DModel": "localdit.models.local_dit",
@@ -42,6 +46,8 @@ __all__ = [
     "MINI",
     "EDMHeunScheduler",
     "FlowAdamsBashforthScheduler",
+    "LEDiTPipeline",
+    "LEDiTTransformer2DModel",
     "LocalDiTPipeline",
     "LocalDiTTransformer2DModel",
     "PixelDiTPipeline",

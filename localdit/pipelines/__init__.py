@@ -10,17 +10,20 @@ from typing import Any
 import diffusers
 import transformers
 
+from localdit.models.ledit import LEDiTTransformer2DModel
 from localdit.models.local_dit import LocalDiTTransformer2DModel
 from localdit.models.pixeldit import PixelDiTTransformer2DModel
 from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
 from localdit.models.sparse_dit import SparseDiTTransformer2DModel
 from localdit.pipelines.common import NonFiniteError
+from localdit.pipelines.ledit import LEDiTPipeline
 from localdit.pipelines.local_dit import LocalDiTPipeline
 from localdit.pipelines.pixeldit import PixelDiTPipeline
 from localdit.pipelines.pixeldit_text import PixelDiTTextPipeline
 from localdit.pipelines.sparse_dit import SparseDiTPipeline
 
 __all__ = [
+    "LEDiTPipeline",
     "LocalDiTPipeline",
     "NonFiniteError",
     "PixelDiTPipeline",
@@ -28,7 +31,13 @@ __all__ = [
     "SparseDiTPipeline",
 ]
 
-PIPELINES = (LocalDiTPipeline, PixelDiTPipeline, PixelDiTTextPipeline, SparseDiTPipeline)
+PIPELINES = (
+    LEDiTPipeline,
+    LocalDiTPipeline,
+    PixelDiTPipeline,
+    PixelDiTTextPipeline,
+    SparseDiTPipeline,
+)
 # Of AutoPipelines.
 TEXT_PIPELINES = {
     "localdit": LocalDiTPipeline,
@@ -37,6 +46,7 @@ TEXT_PIPELINES = {
 }
 # Models, with where their blocks return what they were given: the hidden states, and the text's, if any.
 MODELS: dict[Any, dict[str, int]] = {
+    LEDiTTransformer2DModel: {"return_hidden_states_index": 0},
     LocalDiTTransformer2DModel: {"return_hidden_states_index": 0},
     PixelDiTTransformer2DModel: {"return_hidden_states_index": 0},
     PixelDiTTextTransformer2DModel: {

@@ -1,0 +1,255 @@
+"""LEDiTPipeline: class labels to pictures of any size, with `LEDiTTransformer2DModel`."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from localdit.models.ledit import LEDiTTransformer2DModel
+from localdit.pipelines.common import (
+    DenoisingMixin,
+    SafetensorsMixin,
+    TransformerLoraMixin,
+    check_call,
+    decode_latents,
+    label_names,
+    read_labels,
+    require_finite,
+    set_timesteps,
+)
+
+# B pictures (labels x pictures of each)   C latent channels   H W latent
+
+
+class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, DenoisingMixin):
+    """Class labels to pictures.
+
+    A component may be None in calls that do without it: the vae with latents out.
+
+    Args:
+        vae: `AutoencoderKL`, or one with its interface. Without it a latent is taken for 8 x 8 pixels.
+        transformer: `LEDiTTransformer2DModel`, or one with its interface.
+        scheduler: Any of diffusers' for noise, v or flow prediction; its config says which. A `DDPMScheduler`
+            with `variance_type="learned_range"` uses the variance that the transformer predicts, as
+            published; all others use the first channels alone.
+        id2label: Names by label, with commas between several of one label.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components: ClassVar = ["vae", "transformer", "scheduler"]
+    _callback_tensor_inputs: ClassVar = ["latents", "class_labels"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | None = None,
+        transformer: LEDiTTransformer2DModel | None = None,
+        scheduler: SchedulerMixin | None = None,
+        id2label: dict[int, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        self.image_processor = VaeImageProcessor()
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The label of each name."""
+        return label_names(self.config.id2label)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent, along a side."""
+        return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 250,
+        guidance_scale: float = 4.0,
+        guidance_channels: int | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        num_images_per_label: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Make pictures.
+
+        Args:
+            class_labels: A label or a name, or a list, for a picture of each. The label after the last class
+                is no class.
+            height: In pixels, a multiple of the VAE's factor times the patch size (16 as published). Default:
+                what the transformer was made for. Larger and smaller pictures are what it is for.
+            width: Likewise.
+            num_inference_steps: Steps of the scheduler. 250 are the published ones of DDPM; DPM-Solver++
+                does with 20.
+            guidance_scale: Weight of classifier-free guidance: 1.5 for the published figures, 4 for pictures.
+                At 1 or less there is none.
+            guidance_channels: How many channels of the noise are guided; None for all. DiT's own sampler
+                guides the first 3 of 4. The variance is never guided.
+            timesteps: Own times, falling, for schedulers that take them.
+            sigmas: Own noise levels, falling, for schedulers that take them.
+            num_images_per_label: Pictures of each label.
+            eta: Share of noise that DDIM adds, 0 to 1; must be 0 with schedulers that do not know it.
+            generator: Source of all noise: one, or a list of one for each picture, with which picture i is
+                the one that generator i makes alone.
+            latents: Unit noise to take in place of drawn noise, (B, C, H, W).
+            output_type: "pil"; "np" (B, height, width, 3) or "pt" (B, 3, height, width), float32 in [0, 1];
+                or "latent" (B, C, H, W), float32.
+            return_dict: Return an `ImagePipelineOutput`, else a tuple of its `images`.
+            attention_kwargs: For the transformer; `scale` is that of a LoRA.
+            callback_on_step_end: A function or one of diffusers' callback objects, called after each call of
+                the transformer with (pipe, index, timestep, tensors). It returns the tensors, changed as it
+                likes.
+            callback_on_step_end_tensor_inputs: Which tensors it gets: "latents", "class_labels" (B,).
+
+        Raises:
+            ValueError: For arguments that fit neither the components nor each other, before the transformer
+                is called.
+            NonFiniteError: Where a model gives NaN or infinity.
+        """
+        # 1. Refuse what cannot work.
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be loaded to make a picture, got None")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._interrupt = False
+        config, device = self.transformer.config, self._execution_device
+        channels = config.in_channels
+        own_size = config.sample_size * self.vae_scale_factor
+        height, width = (own_size if size is None else size for size in (height, width))
+        listed = read_labels(class_labels, self.labels, config.num_classes)
+        batch = len(listed) * num_images_per_label
+        shape = (batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        check_call(
+            batch=batch,
+            height=height,
+            width=width,
+            multiple=self.vae_scale_factor * config.patch_size,
+            latent_shape=shape,
+            counts={"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label},
+            shares={"eta": eta},
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+            known_tensor_inputs=self._callback_tensor_inputs,
+        )
+        step_takes = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in step_takes:
+            raise ValueError(
+                f"eta must be 0 with {type(self.scheduler).__name__}, which takes none, got {eta}"
+            )
+        if guidance_channels is not None and guidance_channels not in range(1, channels + 1):
+            raise ValueError(f"guidance_channels must be 1 to {channels} or None, got {guidance_channels}")
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f"output_type must be 'latent' without a vae, got {output_type!r}")
+        used_channels = 2 * channels if self._uses_variance() else channels
+
+        # 2. The times to visit.
+        tokens = shape[2] * shape[3] // config.patch_size**2
+        steps = set_timesteps(self.scheduler, num_inference_steps, tokens, device, timesteps, sigmas)
+        times = self.scheduler.timesteps
+        self._num_timesteps = len(times)
+
+        # 3. The labels, and the noise to start from.
+        labels = torch.tensor(listed, device=device).repeat_interleave(num_images_per_label)  # (B,)
+        latents = self.prepare_latents(shape, device, generator, latents)
+
+        # 4. Denoise. Outside the transformer everything is float32.
+        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
+        order = getattr(self.scheduler, "order", 1)
+        step_kwargs = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in step_takes}
+        with self.progress_bar(total=steps) as bar:
+            for i, t in enumerate(times):
+                if self.interrupt:
+                    break
+                self._current_timestep = t
+                guided = self.do_classifier_free_guidance
+                x, rows = scale_model_input(latents, t), labels
+                if guided:  # (2B, C, H, W), without the label first
+                    x, rows = torch.cat((x, x)), torch.cat((torch.full_like(rows, config.num_classes), rows))
+                with self.transformer.cache_context("cond_uncond" if guided else "cond"):
+                    predicted = self.transformer(
+                        hidden_states=x.to(self.transformer.dtype),
+                        timestep=t.float().expand(len(x)),
+                        class_labels=rows,
+                        attention_kwargs=attention_kwargs,
+                        return_dict=False,
+                    )[0].float()
+                predicted = predicted[:, :used_channels]
+                if guided:
+                    without, predicted = predicted.chunk(2)
+                    head = channels if guidance_channels is None else guidance_channels
+                    noise = torch.lerp(without[:, :head], predicted[:, :head], self.guidance_scale)
+                    predicted = torch.cat((noise, predicted[:, head:]), dim=1)
+                latents = self.scheduler.step(predicted, t, latents, **step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "class_labels": labels}
+                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, i, t, given) or {}
+                    latents, labels = tensors["latents"], tensors["class_labels"]
+                if (i + 1) % order == 0 or i + 1 == len(times):
+                    bar.update()
+        self._current_timestep = None
+        require_finite(latents, "denoising", "run the transformer in bfloat16 or float32")
+
+        # 5. Decode.
+        pictures: Any = latents
+        if output_type != "latent":
+            pictures = self.image_processor.postprocess(decode_latents(self.vae, latents), output_type)
+
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Noise to start from, (B, C, H, W), drawn in float32, so that a seed means the same at every
+        precision; `latents` are unit noise to take in its place."""
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _uses_variance(self) -> bool:
+        """Whether the scheduler takes the variance that the transformer predicts beside the noise."""
+        config, name = self.transformer.config, type(self.scheduler).__name__
+        kind = self.scheduler.config.get("variance_type")
+        if kind not in ("learned", "learned_range"):
+            return False
+        if not isinstance(self.scheduler, DDPMScheduler):
+            # Diffusers' solvers cut such a prediction to its first three channels.
+            raise ValueError(
+                f"scheduler's variance_type must be None with {name}, got {kind!r}: make it by "
+                f"{name}.from_config(pipe.scheduler.config, variance_type=None)"
+            )
+        if config.out_channels != 2 * config.in_channels:
+            raise ValueError(
+                f"scheduler's variance_type must be a fixed one for a transformer of {config.out_channels} "
+                f"out_channels, which predicts no variance, got {kind!r}"
+            )
+        return True
