@@ -245,3 +245,62 @@ def test_sparse_dits_weight_file_holds_these_names():
     affine_norms = SparseDiTTransformer2DModel(**SPARSE, qk_norm_affine=True).state_dict().keys() - expected
     assert len(affine_norms) == 2 * (1 + 2 * 4)
     assert all(name.endswith(("norm_q.weight", "norm_k.weight")) for name in affine_norms)
+
+
+# --- LEDiT
+
+LEDIT_TOY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "sample_size": 8}
+
+
+def test_a_ledit_pipeline_folder_names_its_components(tmp_path):
+    from localdit import LEDiTPipeline, LEDiTTransformer2DModel
+
+    transformer = LEDiTTransformer2DModel(**LEDIT_TOY)
+    pipe = LEDiTPipeline(vae=None, transformer=transformer, scheduler=None, id2label={3: "a, b"})
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index.pop("_diffusers_version")
+    assert index == {
+        "_class_name": "LEDiTPipeline",
+        "id2label": {"3": "a, b"},
+        "vae": [None, None],
+        "transformer": ["localdit.models.ledit", "LEDiTTransformer2DModel"],
+        "scheduler": [None, None],
+    }
+    assert LEDiTPipeline.__module__ == "localdit.pipelines.ledit"
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    config.pop("_diffusers_version")
+    assert config == {
+        "_class_name": "LEDiTTransformer2DModel",
+        "attention_head_dim": 12,
+        "attention_pattern": "sa_ca",
+        "causal_variant": "corner",
+        "conv_groups": 1,
+        "conv_kernel_size": 3,
+        "conv_norm": False,
+        "in_channels": 4,
+        "mlp_ratio": 4.0,
+        "multi_dilation": 2,
+        "multi_dilation_prob": 0.1,
+        "norm_eps": 1e-06,
+        "num_attention_heads": 2,
+        "num_classes": 1000,
+        "num_layers": 2,
+        "out_channels": 8,
+        "patch_size": 2,
+        "sample_size": 8,
+        "scale_attention": True,
+    }
+
+
+def test_a_ledit_weight_file_holds_these_names():
+    from localdit import LEDiTTransformer2DModel
+
+    block = ("modulation", "ff.net.0.proj", "ff.net.2")
+    block += tuple(f"attn1.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0"))
+    layers = {f"transformer_blocks.{i}.{layer}" for i in (0, 1) for layer in block}
+    layers |= {"patch_embed", "locality_conv", "locality_norm", "modulation_out", "proj_out"}
+    layers |= {"timestep_embedder.linear_1", "timestep_embedder.linear_2"}
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    names = LEDiTTransformer2DModel(**LEDIT_TOY, conv_norm=True).state_dict().keys()
+    assert names == expected | {"class_embedder.weight"}

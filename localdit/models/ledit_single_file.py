@@ -37,6 +37,7 @@ from localdit.models.single_file import (
     tensor_shape,
     write_single_file,
 )
+from localdit.models.strict import check_sizes
 
 # Heads by width, of the published sizes S, B, L, XL: no tensor tells them.
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -258,16 +259,17 @@ def infer_config(state_dict: Mapping[str, Tensor], layout: Layout = PUBLISHED) -
 
 def _heads(dim: int, config: Mapping[str, Any]) -> dict[str, int]:
     """Heads and their width, as the config says one of them, else as published."""
-    heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
-    if heads is None and head_dim is None:
+    given = {name: config[name] for name in ("num_attention_heads", "attention_head_dim") if name in config}
+    check_sizes(given)
+    if not given:
         if dim not in _HEADS:
             raise ValueError(
                 f"num_attention_heads must be given with a width of {dim}: no tensor tells it, and it is "
                 f"published for {', '.join(map(str, _HEADS))} alone"
             )
-        heads = _HEADS[dim]
-    heads = dim // head_dim if heads is None else heads
-    head_dim = dim // heads if head_dim is None else head_dim
+        given["num_attention_heads"] = _HEADS[dim]
+    heads = given.get("num_attention_heads") or max(dim // given["attention_head_dim"], 1)
+    head_dim = given.get("attention_head_dim") or dim // heads
     if heads * head_dim != dim:
         raise ValueError(
             f"num_attention_heads * attention_head_dim must be the width, {dim}, got {heads} * {head_dim}"

@@ -1,7 +1,7 @@
 """DiT's training objective: the noise by its squared error, its variance by the variational bound.
 
-Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), section 3.1, as
-DiT (Peebles & Xie 2022, arXiv 2212.09748, section 3.1) and LEDiT use it. Functions of tensors alone.
+Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), section 3.1,
+as DiT (Peebles & Xie 2022, arXiv 2212.09748, section 3.1) and LEDiT use it. Functions of tensors alone.
 """
 
 import math

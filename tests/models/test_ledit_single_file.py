@@ -238,6 +238,8 @@ def test_a_subclass_loads_a_file(tmp_path):
         ({"pos_embed": torch.zeros(1, 15, 24)}, HEADS, "square number of places, the file has 15"),
         ({"final_layer.linear.weight": torch.zeros(33, 24)}, HEADS, "patches of 2 and 33 outputs"),
         ({}, {}, "num_attention_heads must be given with a width of 24"),
+        ({}, {"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
+        ({}, {"attention_head_dim": 99}, r"must be the width, 24, got 1 \* 99"),
         ({}, {"num_attention_heads": 5}, r"must be the width, 24, got 5 \* 4"),
         ({}, HEADS | {"num_layers": 5}, "says num_layers=5, but the tensors tell 4"),
         ({}, HEADS | {"num_classes": 9}, "says num_classes=9, but the tensors tell 10"),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import AutoModel, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from ledit_toys import LEDIT_TOY, ledit_inputs, toy_ledit
 from peft import LoraConfig
@@ -44,6 +46,14 @@ class GatedBlock(LEDiTBlock):
 
 class GatedLEDiT(LEDiTTransformer2DModel):
     block_class = GatedBlock
+
+
+class NamedLEDiT(GatedLEDiT):
+    """Adds a config field, and hands its parent's on."""
+
+    @register_to_config
+    def __init__(self, style: str = "plain", **kwargs: Any):
+        super().__init__(**kwargs)
 
 
 class SharpProcessor(LEDiTAttnProcessor):
@@ -95,6 +105,17 @@ def test_an_untrained_subclass_is_initialised_like_its_parent():
     model = GatedLEDiT(**LEDIT_TOY)
     assert all(torch.equal(block.gate, torch.ones(24)) for block in model.transformer_blocks)
     assert not any(block.modulation.weight.any() for block in model.transformer_blocks)
+
+
+def test_a_subclass_may_add_config_fields(tmp_path):
+    model = NamedLEDiT(**LEDIT_TOY, style="fancy", causal_variant="rectangle").eval()
+    model.save_pretrained(tmp_path)
+    model.save_single_file(tmp_path / "model.safetensors")
+    loaded = NamedLEDiT.from_pretrained(tmp_path)
+    assert (loaded.config.style, loaded.config.causal_variant) == ("fancy", "rectangle")
+    loaded = NamedLEDiT.from_single_file(tmp_path / "model.safetensors")
+    assert (loaded.config.style, loaded.config.causal_variant) == ("fancy", "rectangle")
+    assert torch.equal(run(loaded, ledit_inputs()), run(model, ledit_inputs()))
 
 
 # --- Saving and loading
@@ -346,6 +367,51 @@ def test_a_subclass_trains_with_gradient_checkpointing(cls):
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         assert torch.equal(gradients[1][name], gradient), name
+
+
+# --- Caches
+
+
+def steps(model: nn.Module) -> list[Tensor]:
+    """Predictions along a few steps."""
+    inputs, predictions = ledit_inputs((5, 7)), []
+    for i in range(4):
+        now = {"timestep": 600 - 50 * i, "hidden_states": inputs["hidden_states"] * (1 + 0.02 * i)}
+        with model.cache_context("cond"):
+            predictions.append(run(model, inputs | now))
+    return predictions
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        FirstBlockCacheConfig(threshold=0.5),
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        ),
+    ],
+    ids=lambda cache: type(cache).__name__,
+)
+def test_a_cache_acts_while_it_is_on_and_leaves_nothing_behind(cache):
+    import localdit.pipelines  # noqa: F401  (tells diffusers about the block)
+
+    model = toy_ledit()
+    plain = steps(model)
+    model.enable_cache(cache)
+    cached = steps(model)
+    assert torch.equal(cached[0], plain[0])  # there is nothing to reuse yet
+    assert any(not torch.equal(c, p) for c, p in zip(cached, plain))  # and here there was
+    assert max(relative_error(c, p) for c, p in zip(cached, plain)) < 0.5
+    model.disable_cache()
+    for after, before in zip(steps(model), plain):
+        assert torch.equal(after, before)
+
+
+def test_auto_model_finds_the_class(tmp_path):
+    import localdit.pipelines  # noqa: F401  (registers the names with diffusers)
+
+    toy_ledit().save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(str(tmp_path))) is LEDiTTransformer2DModel
 
 
 @pytest.mark.gpu
