@@ -4,7 +4,11 @@ A pipeline's `model_index.json` names the module and the class of each component
 names its class and its config fields; a weight file names the parameters.
 """
 
+import importlib
 import json
+from typing import Any
+
+import pytest
 
 import localdit.models.local_dit
 import localdit.models.sparse_dit
@@ -304,3 +308,117 @@ def test_a_ledit_weight_file_holds_these_names():
     expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     names = LEDiTTransformer2DModel(**LEDIT_TOY, conv_norm=True).state_dict().keys()
     assert names == expected | {"class_embedder.weight"}
+
+
+# --- PixelDiT
+
+PIXELDIT_TOY: dict[str, Any] = {
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_pixel_layers": 1,
+    "pixel_dim": 4,
+    "patch_size": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "base"),
+    [
+        ("localdit.models.pixeldit", "PixelDiTTransformer2DModel", "ModelMixin"),
+        ("localdit.models.pixeldit_text", "PixelDiTTextTransformer2DModel", "ModelMixin"),
+        ("localdit.schedulers.flow_adams_bashforth", "FlowAdamsBashforthScheduler", "SchedulerMixin"),
+    ],
+)
+def test_pixeldits_components_keep_their_module_and_their_name(module, name, base):
+    """And diffusers finds its base class in the component's own module."""
+    cls = getattr(localdit, name)
+    assert (cls.__module__, cls.__qualname__) == (module, name)
+    assert issubclass(cls, getattr(importlib.import_module(module), base))
+
+
+def test_pixeldit_pipeline_folders_name_their_components(tmp_path):
+    model = localdit.PixelDiTTransformer2DModel(**PIXELDIT_TOY, num_classes=2)
+    scheduler = localdit.FlowAdamsBashforthScheduler()
+    localdit.PixelDiTPipeline(model, scheduler, {0: "hen", 1: "owl"}).save_pretrained(tmp_path / "class")
+    localdit.PixelDiTTextPipeline().save_pretrained(tmp_path / "text")
+    indices = [json.loads((tmp_path / name / "model_index.json").read_text()) for name in ("class", "text")]
+    for index in indices:
+        index.pop("_diffusers_version")
+    assert indices[0] == {
+        "_class_name": "PixelDiTPipeline",
+        "id2label": {"0": "hen", "1": "owl"},
+        "transformer": ["localdit.models.pixeldit", "PixelDiTTransformer2DModel"],
+        "scheduler": ["localdit.schedulers.flow_adams_bashforth", "FlowAdamsBashforthScheduler"],
+    }
+    parts = ("transformer", "scheduler", "text_encoder", "tokenizer")
+    assert indices[1] == {"_class_name": "PixelDiTTextPipeline"} | {part: [None, None] for part in parts}
+
+
+def test_pixeldits_config_files_hold_these_fields(tmp_path):
+    shared = PIXELDIT_TOY | {
+        "sample_size": 256,
+        "in_channels": 3,
+        "mlp_ratio": 4.0,
+        "pixel_mlp_ratio": 4.0,
+        "rope_theta": 10000.0,
+        "rope_extent": 16.0,
+        "timestep_period": 10.0,
+        "pixel_position": True,
+        "pixel_post_modulation": False,
+        "zero_init_modulation": True,
+        "norm_eps": 1e-06,
+    }
+    own: dict[str, dict[str, Any]] = {
+        "PixelDiTTransformer2DModel": {
+            "num_classes": 1000,
+            "pixel_num_attention_heads": None,
+            "pixel_attention_head_dim": None,
+        },
+        "PixelDiTTextTransformer2DModel": {
+            "sample_size": 1024,
+            "pixel_num_attention_heads": 16,
+            "pixel_attention_head_dim": 72,
+            "caption_channels": 2304,
+            "max_text_tokens": 300,
+            "text_rope": True,
+            "text_rope_theta": 10000.0,
+        },
+    }
+    for name, fields in own.items():
+        getattr(localdit, name)(**PIXELDIT_TOY).save_config(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config.pop("_diffusers_version")
+        assert config == {"_class_name": name} | shared | fields
+
+
+def test_pixeldits_weight_files_hold_these_names():
+    def affine(*names: str) -> set[str]:
+        return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+    def weights(*names: str) -> set[str]:
+        return {f"{name}.weight" for name in names}
+
+    attention = affine("attn1.to_out.0") | weights(
+        *(f"attn1.{layer}" for layer in ("to_q", "to_k", "to_v", "norm_q", "norm_k"))
+    )
+    block = attention | affine("modulation") | weights("norm1", "norm2", "ff.net.0.proj", "ff.net.2")
+    context = affine("attn1.to_add_out", "modulation_context") | weights(
+        *(f"attn1.{layer}" for layer in ("add_q_proj", "add_k_proj", "add_v_proj")),
+        *(f"attn1.{layer}" for layer in ("norm_added_q", "norm_added_k")),
+        *("norm1_context", "norm2_context", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+    pixel_block = (
+        attention
+        | affine("compress", "expand", "modulation1", "modulation2", "ff.net.0.proj", "ff.net.2")
+        | weights("norm1", "norm2")
+    )
+    layers = ("patch_embed", "time_embed.linear_1", "time_embed.linear_2", "pixel_embed", "proj_out")
+    whole = affine(*layers) | weights("norm_out") | {f"pixel_blocks.0.{name}" for name in pixel_block}
+    model = localdit.PixelDiTTransformer2DModel(**PIXELDIT_TOY)
+    blocks = {f"transformer_blocks.0.{name}" for name in block}
+    assert model.state_dict().keys() == whole | blocks | weights("class_embed")
+    text_model = localdit.PixelDiTTextTransformer2DModel(**PIXELDIT_TOY)
+    blocks |= {f"transformer_blocks.0.{name}" for name in context}
+    caption = affine("caption_projection") | weights("caption_norm") | {"caption_position"}
+    assert text_model.state_dict().keys() == whole | blocks | caption

@@ -8,7 +8,7 @@ class-conditional model; `pixeldit_text.py` has the text-conditional one.
 differ.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
@@ -32,11 +32,28 @@ from torch import Tensor, nn
 
 from localdit.models.layers import RMSNorm, heads_of, modulate, rotate
 from localdit.models.pixeldit_single_file import PixelDiTSingleFileMixin
+from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
 
 # B batch   C channels   H W image   p patch   h w patch grid   N = h*w patches   P = p*p pixels of a patch
 # D width   A heads   d = D/A head width   E pixel width   n patches worked on at a time
 
 TIME_CHANNELS = 256  # of the sinusoid
+
+_SIZES = (
+    "sample_size",
+    "patch_size",
+    "in_channels",
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_pixel_layers",
+    "pixel_dim",
+    "pixel_num_attention_heads",
+    "pixel_attention_head_dim",
+    "num_classes",
+    "caption_channels",
+    "max_text_tokens",
+)
 
 
 # --- Geometry: all that depends on the patch grid alone -----------------------------------------------------
@@ -310,7 +327,13 @@ class PixelDiTOutput(BaseOutput):
 
 
 class PixelDiTBase(
-    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, PixelDiTSingleFileMixin
+    StrictModelMixin,
+    ModelMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    CacheMixin,
+    PixelDiTSingleFileMixin,
 ):
     """What the class and the text model share: all layers but those of their conditions, the pixel level, the
     tables of a size, and checks. A subclass names its blocks and computes the patch level."""
@@ -327,12 +350,10 @@ class PixelDiTBase(
         blocks = [cls.block_class.__name__, cls.pixel_block_class.__name__]
         cls._no_split_modules = cls._repeated_blocks = blocks
 
-    def _add_shared_layers(self, positive: Iterable[str] = ()) -> int:
-        """Check the config, make the layers that both models have, and return the width D.
-
-        positive: Further fields that must be positive integers.
-        """
-        self._check_config(positive)
+    def _add_shared_layers(self, init: Callable[..., None]) -> int:
+        """Check the config against the signature of `init`, make the layers that both models have, and return
+        the width D."""
+        self._check_config(init)
         config = self.config
         dim = config.num_attention_heads * config.attention_head_dim
         # The grid is added by `forward`: what depends on the size alone comes first in the key of its tables.
@@ -405,7 +426,7 @@ class PixelDiTBase(
     def _pixel_level(self, pixels: Tensor, conditioning: Tensor, geometry: Geometry) -> Tensor:
         """From noisy patches (B, N, C, P) and a condition for each, (B, N, D), to their prediction
         (B, N, P, C)."""
-        x = self.pixel_embed(pixels.transpose(2, 3))  # (B, N, P, E)
+        x = self.pixel_embed(pixels.transpose(2, 3).contiguous())  # (B, N, P, E)
         if geometry.rows is not None and geometry.columns is not None:
             patch = self.config.patch_size
             shape = (geometry.rows.shape[0], geometry.columns.shape[1], patch, patch, -1)
@@ -415,25 +436,11 @@ class PixelDiTBase(
             x = self._run(block, x, conditioning, geometry.pixel_rotary)
         return self.proj_out(self.norm_out(x))
 
-    def _check_config(self, positive: Iterable[str]) -> None:
+    def _check_config(self, init: Callable[..., None]) -> None:
         config = self.config
-        sizes = (
-            "sample_size",
-            "patch_size",
-            "in_channels",
-            "num_layers",
-            "num_attention_heads",
-            "attention_head_dim",
-            "num_pixel_layers",
-            "pixel_dim",
-            *positive,
-        )
-        for name in sizes:
-            if not isinstance(config[name], int) or config[name] < 1:
-                raise ValueError(f"{name} must be a positive integer, got {config[name]!r}")
-        for name in ("pixel_num_attention_heads", "pixel_attention_head_dim"):
-            if config[name] is not None and (not isinstance(config[name], int) or config[name] < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {config[name]!r}")
+        sizes = {name: config[name] for name in _SIZES if config.get(name) is not None}
+        check_sizes(sizes)
+        check_types(init, config)
         for name in ("attention_head_dim", "pixel_attention_head_dim"):
             if config[name] is not None and config[name] % 4:
                 raise ValueError(f"{name} must be a multiple of 4, got {config[name]}")
@@ -442,6 +449,20 @@ class PixelDiTBase(
         for name in ("mlp_ratio", "pixel_mlp_ratio", "rope_theta", "rope_extent", "timestep_period"):
             if not config[name] > 0:
                 raise ValueError(f"{name} must be positive, got {config[name]}")
+        if not 0 <= config.norm_eps < 1:
+            raise ValueError(f"norm_eps must be at least 0 and less than 1, got {config.norm_eps}")
+        dim = config.num_attention_heads * config.attention_head_dim
+        packed = config.patch_size**2 * config.pixel_dim
+        patch_block = dim**2 * (10 + 2 * config.mlp_ratio)
+        outside = (
+            sizes.get("num_classes", 0) + sizes.get("caption_channels", 0) + sizes.get("max_text_tokens", 0)
+        )
+        check_parameters(
+            config.num_layers * patch_block
+            + config.num_pixel_layers * 4 * packed * dim
+            + dim * (config.in_channels * config.patch_size**2 + outside),
+            sizes,
+        )
 
     def _check_shared_inputs(
         self,
@@ -463,7 +484,10 @@ class PixelDiTBase(
                     f"hidden_states' {name} must be a multiple of {config.patch_size}, got {size}"
                 )
         batch = shape[0]
-        if isinstance(timestep, Tensor) and timestep.ndim and tuple(timestep.shape) not in ((batch,), (1,)):
+        # Of sizes that a compiler keeps dynamic, tuples do not compare.
+        if isinstance(timestep, Tensor) and (
+            timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) != 1 and len(timestep) != batch)
+        ):
             raise ValueError(f"timestep must be a scalar or ({batch},), got {tuple(timestep.shape)}")
         if return_hidden_state_of is not None and not 1 <= return_hidden_state_of <= config.num_layers:
             raise ValueError(
@@ -540,7 +564,7 @@ class PixelDiTTransformer2DModel(PixelDiTBase):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        dim = self._add_shared_layers(positive=["num_classes"])
+        dim = self._add_shared_layers(PixelDiTTransformer2DModel.__init__)
         self.class_embed = nn.Embedding(num_classes + 1, dim)
         self.init_weights()
 
@@ -605,7 +629,7 @@ class PixelDiTTransformer2DModel(PixelDiTBase):
         return (sample,) if hidden_state is None else (sample, hidden_state)
 
     def _check_labels(self, labels: Tensor, batch: int) -> None:
-        if tuple(labels.shape) != (batch,) or labels.dtype not in (torch.int64, torch.int32):
+        if labels.ndim != 1 or len(labels) != batch or labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"class_labels must be ({batch},) integers, got {labels.dtype} of {tuple(labels.shape)}"
             )

@@ -207,7 +207,7 @@ class PixelDiTTextTransformer2DModel(PixelDiTBase):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        dim = self._add_shared_layers(positive=["caption_channels", "max_text_tokens"])
+        dim = self._add_shared_layers(PixelDiTTextTransformer2DModel.__init__)
         self.caption_projection = nn.Linear(caption_channels, dim)
         self.caption_norm = RMSNorm(dim, eps=norm_eps)
         self.caption_position = nn.Parameter(torch.empty(1, max_text_tokens, dim))

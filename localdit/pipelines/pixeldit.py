@@ -19,6 +19,7 @@ from localdit.models.pixeldit import PixelDiTTransformer2DModel
 from localdit.pipelines.common import (
     DenoisingMixin,
     ImageInput,
+    SafetensorsMixin,
     TransformerLoraMixin,
     check_call,
     check_images,
@@ -37,7 +38,7 @@ from localdit.pipelines.common import (
 _INTERVAL_ROUNDING = 1e-6
 
 
-class PixelPipeline(DiffusionPipeline, TransformerLoraMixin, DenoisingMixin):
+class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, DenoisingMixin):
     """What PixelDiT's two pipelines share: pixels in and out, noise, and the steps.
 
     A subclass reads its conditions, and says what velocity its transformer predicts under them.
