@@ -77,8 +77,12 @@ def rotary_table(
     turn with the column, odd ones with the row, at θ_k = theta^(-4k / head_dim) for the k-th of each.
     """
     frequency = theta ** (-4 * torch.arange(head_dim // 4, device=device) / head_dim)  # (d/4,)
-    x = torch.linspace(0, extent, width, device=device)[None, :, None] * frequency  # (1, w, d/4)
-    y = torch.linspace(0, extent, height, device=device)[:, None, None] * frequency  # (h, 1, d/4)
+
+    def axis(length: int) -> Tensor:  # (length, d/4); a linspace would bind a compiler to one length
+        place = torch.arange(length, device=device) * extent / max(length - 1, 1)
+        return place[:, None] * frequency
+
+    x, y = axis(width)[None], axis(height)[:, None]
     shape = (height, width, -1)
     angles = torch.stack((x.expand(shape), y.expand(shape)), dim=-1).flatten(2).flatten(0, 1)  # (N, d/2)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
@@ -272,7 +276,7 @@ class PixelDiTPixelBlock(nn.Module):
         self.attn1 = PixelDiTAttention(attn_dim, heads, eps)
         self.expand = nn.Linear(attn_dim, packed)
         self.norm2 = RMSNorm(pixel_dim, eps=eps)
-        self.ff = FeedForward(pixel_dim, mult=config.pixel_mlp_ratio, activation_fn="gelu")  # type: ignore[arg-type]
+        self.ff = FeedForward(pixel_dim, mult=config.pixel_mlp_ratio, activation_fn="gelu")
         # Attention's gate, and shift, scale and gate of the MLP; or scale and shift of both.
         self.modulation2 = nn.Linear(dim, 4 * packed)
 

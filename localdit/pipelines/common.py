@@ -194,16 +194,18 @@ def read_labels(class_labels: Any, names: Mapping[str, int], classes: int) -> li
     if isinstance(class_labels, Tensor):
         class_labels = class_labels.tolist()
     given = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
-    labels = [names.get(label) if isinstance(label, str) else label for label in given]
-    if not labels:
+    if not given:
         raise ValueError(f"class_labels must hold a label, got {class_labels!r}")
-    for label, value in zip(labels, given):
-        if label is None:
+    labels = []
+    for value in given:
+        if isinstance(value, str) and value not in names:
             raise ValueError(
                 f"class_labels must be numbers or known names, got {value!r}, which is none of {len(names)}"
             )
+        label = names[value] if isinstance(value, str) else value
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label <= classes:
             raise ValueError(f"class_labels must be integers from 0 to {classes} or names, got {value!r}")
+        labels.append(label)
     return labels
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -83,12 +82,12 @@ class FlowAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
                 f"got {num_inference_steps!r} and {sigmas!r}"
             )
         if sigmas is None:
-            if not (isinstance(num_inference_steps, int) and num_inference_steps > 0):
-                raise ValueError(
-                    f"num_inference_steps must be a positive integer, got {num_inference_steps!r}"
-                )
-            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-        levels = torch.as_tensor(sigmas, dtype=torch.float64)
+            n = num_inference_steps
+            if not (isinstance(n, int) and n > 0):
+                raise ValueError(f"num_inference_steps must be a positive integer, got {n!r}")
+            levels = torch.linspace(1, 1 / n, n, dtype=torch.float64)
+        else:
+            levels = torch.as_tensor(sigmas, dtype=torch.float64)
         falling = levels.numel() > 0 and bool((levels.diff() < 0).all())
         if not (falling and levels[-1] > 0 and levels[0] <= 1):
             raise ValueError(f"sigmas must fall within (0, 1], got {sigmas!r}")
