@@ -81,9 +81,7 @@ def check_prompts(
     prompt: str | list[str] | None,
     negative_prompt: str | list[str] | None,
     prompt_embeds: Tensor | None,
-    prompt_attention_mask: Tensor | None,
     negative_prompt_embeds: Tensor | None,
-    negative_prompt_attention_mask: Tensor | None,
     *,
     width: int,
     max_sequence_length: int,
@@ -97,11 +95,9 @@ def check_prompts(
         guided: Whether the negative prompts will be used, so that they must be as long as the others.
     """
     prompts = check_text("prompt", prompt, prompt_embeds, width)
-    check_text_mask("prompt", prompt_embeds, prompt_attention_mask)
     # To embeddings the default negative prompt, the empty text, is no contradiction.
     negative = negative_prompt or ("" if negative_prompt_embeds is None else None)
     negatives = check_text("negative_prompt", negative, negative_prompt_embeds, width)
-    check_text_mask("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
     if negatives != prompts and not isinstance(negative, str):
         raise ValueError(
             f"negative_prompt must be one text or {prompts}, one for each prompt, got {negatives}"

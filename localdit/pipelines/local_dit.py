@@ -23,6 +23,7 @@ from localdit.pipelines.common import (
     check_call,
     check_images,
     check_prompts,
+    check_text_mask,
     is_picture,
     lost_words,
     read_images,
@@ -302,13 +303,13 @@ class LocalDiTPipeline(
             prompt,
             negative_prompt,
             prompt_embeds,
-            prompt_attention_mask,
             negative_prompt_embeds,
-            negative_prompt_attention_mask,
             width=self.transformer.config.caption_channels,
             max_sequence_length=max_sequence_length,
             guided=self.do_classifier_free_guidance,
         )
+        check_text_mask("prompt", prompt_embeds, prompt_attention_mask)
+        check_text_mask("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
         batch = prompts * num_images_per_prompt
         latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
         check_call(

@@ -133,18 +133,12 @@ class PixelDiTTextPipeline(PixelPipeline):
             attention_kwargs,
         )
         images, height, width = self._read_images(image, height, width)
-        masks = (
-            None if embeds is None else embeds.new_ones(embeds.shape[:2])
-            for embeds in (prompt_embeds, negative_prompt_embeds)
-        )
         config = self.transformer.config
         prompts = check_prompts(
             prompt,
             negative_prompt,
             prompt_embeds,
-            next(masks),
             negative_prompt_embeds,
-            next(masks),
             width=config.caption_channels,
             max_sequence_length=max_sequence_length,
             guided=self.do_classifier_free_guidance,
