@@ -354,10 +354,12 @@ class PixelDiTBase(
         blocks = [cls.block_class.__name__, cls.pixel_block_class.__name__]
         cls._no_split_modules = cls._repeated_blocks = blocks
 
-    def _add_shared_layers(self, init: Callable[..., None]) -> int:
-        """Check the config against the signature of `init`, make the layers that both models have, and return
-        the width D."""
-        self._check_config(init)
+    def _add_shared_layers(self, model: "type[PixelDiTBase]") -> int:
+        """Check the config, make the layers that both models have, and return the width D.
+
+        model: The class whose signature is the config, without the fields of a subclass.
+        """
+        self._check_config(model.__init__)
         config = self.config
         dim = config.num_attention_heads * config.attention_head_dim
         # The grid is added by `forward`: what depends on the size alone comes first in the key of its tables.
@@ -378,6 +380,9 @@ class PixelDiTBase(
         )
         self.norm_out = RMSNorm(config.pixel_dim, eps=config.norm_eps)
         self.proj_out = nn.Linear(config.pixel_dim, config.in_channels)
+        # What a subclass's block takes beyond ours.
+        own, base = (signature(block.forward).parameters for block in (self.block_class, model.block_class))
+        self._block_inputs = frozenset(own) - frozenset(base)
         self.gradient_checkpointing = False
         return dim
 
@@ -474,7 +479,6 @@ class PixelDiTBase(
         timestep: Tensor | float,
         return_hidden_state_of: int | None,
         attention_kwargs: dict[str, Any] | None,
-        base_block: type[nn.Module],
     ) -> None:
         config = self.config
         shape = tuple(hidden_states.shape)
@@ -498,14 +502,11 @@ class PixelDiTBase(
                 f"return_hidden_state_of must be a block from 1 to {config.num_layers} or None, "
                 f"got {return_hidden_state_of}"
             )
-        # What a subclass's block takes beyond ours.
-        own, base = (signature(block.forward).parameters for block in (self.block_class, base_block))
-        extra = own.keys() - base.keys()
-        unknown = (attention_kwargs or {}).keys() - extra
+        unknown = set(attention_kwargs or ()) - self._block_inputs
         if unknown:
             raise ValueError(
                 f"attention_kwargs holds {sorted(unknown)}, which {self.block_class.__name__} does not take; "
-                f"it takes {sorted(extra | {'scale'})}"
+                f"it takes {sorted(self._block_inputs | {'scale'})}"
             )
 
 
@@ -568,7 +569,7 @@ class PixelDiTTransformer2DModel(PixelDiTBase):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        dim = self._add_shared_layers(PixelDiTTransformer2DModel.__init__)
+        dim = self._add_shared_layers(PixelDiTTransformer2DModel)
         self.class_embed = nn.Embedding(num_classes + 1, dim)
         self.init_weights()
 
@@ -603,9 +604,7 @@ class PixelDiTTransformer2DModel(PixelDiTBase):
         Raises:
             ValueError: for arguments that do not fit the model or each other.
         """
-        self._check_shared_inputs(
-            hidden_states, timestep, return_hidden_state_of, attention_kwargs, PixelDiTBlock
-        )
+        self._check_shared_inputs(hidden_states, timestep, return_hidden_state_of, attention_kwargs)
         self._check_labels(class_labels, len(hidden_states))
         height, width = hidden_states.shape[2:]
         patch = self.config.patch_size

@@ -207,7 +207,7 @@ class PixelDiTTextTransformer2DModel(PixelDiTBase):
         norm_eps: float = 1e-6,
     ):
         super().__init__()
-        dim = self._add_shared_layers(PixelDiTTextTransformer2DModel.__init__)
+        dim = self._add_shared_layers(PixelDiTTextTransformer2DModel)
         self.caption_projection = nn.Linear(caption_channels, dim)
         self.caption_norm = RMSNorm(dim, eps=norm_eps)
         self.caption_position = nn.Parameter(torch.empty(1, max_text_tokens, dim))
@@ -246,9 +246,7 @@ class PixelDiTTextTransformer2DModel(PixelDiTBase):
         Raises:
             ValueError: for arguments that do not fit the model or each other.
         """
-        self._check_shared_inputs(
-            hidden_states, timestep, return_hidden_state_of, attention_kwargs, PixelDiTTextBlock
-        )
+        self._check_shared_inputs(hidden_states, timestep, return_hidden_state_of, attention_kwargs)
         self._check_text(encoder_hidden_states, encoder_attention_mask, len(hidden_states))
         height, width = hidden_states.shape[2:]
         patch, tokens = self.config.patch_size, encoder_hidden_states.shape[1]

@@ -7,6 +7,7 @@ import torch
 from pixeldit_toys import TOYS, cast, naive, redraw, relative_error, run, toy_inputs, toy_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from localdit.models.pixeldit import (
     PixelDiTPixelBlock,
@@ -74,6 +75,17 @@ def test_one_block_of_each_level_has_the_published_size():
     assert parameters(class_model.pixel_blocks[0]) == 43_090_432
     assert parameters(text_model.transformer_blocks[0]) == 84_962_560
     assert parameters(text_model.pixel_blocks[0]) == 52_527_616
+
+
+@pytest.mark.parametrize(("side", "gflops"), [(256, 311.19), (512, 1352.24)])
+def test_a_forward_of_xl_costs_what_was_published(side, gflops):
+    """Two operations for each multiplication and addition in the layers and in attention."""
+    with torch.device("meta"):
+        model = PixelDiTTransformer2DModel()
+        inputs = torch.empty(1, 3, side, side), torch.empty(1), torch.empty(1, dtype=torch.int64)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, abs=0.01)
 
 
 # --- Layouts
