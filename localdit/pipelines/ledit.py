@@ -1,4 +1,4 @@
-"""LEDiTPipeline: class labels to pictures of any size, with `LEDiTTransformer2DModel`."""
+"""LEDiTPipeline: class labels to pictures of any size, and image to image, with `LEDiTTransformer2DModel`."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,17 +8,20 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from localdit.models.ledit import LEDiTTransformer2DModel
 from localdit.pipelines.common import (
     DenoisingMixin,
+    ImageInput,
+    LatentsMixin,
     SafetensorsMixin,
     TransformerLoraMixin,
     check_call,
-    decode_latents,
+    check_images,
+    is_picture,
     label_names,
+    read_images,
     read_labels,
     require_finite,
     set_timesteps,
@@ -27,10 +30,10 @@ from localdit.pipelines.common import (
 # B pictures (labels x pictures of each)   C latent channels   H W latent
 
 
-class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, DenoisingMixin):
-    """Class labels to pictures.
+class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, LatentsMixin, DenoisingMixin):
+    """Class labels to pictures, and image to image where `image` is given.
 
-    A component may be None in calls that do without it: the vae with latents out.
+    The vae may be None in calls with latents in and out.
 
     Args:
         vae: `AutoencoderKL`, or one with its interface. Without it a latent is taken for 8 x 8 pixels.
@@ -62,16 +65,13 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         """The label of each name."""
         return label_names(self.config.id2label)
 
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels to a latent, along a side."""
-        return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-
     @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor,
         *,
+        image: ImageInput | None = None,
+        strength: float = 0.8,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 250,
@@ -94,8 +94,15 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         Args:
             class_labels: A label or a name, or a list, for a picture of each. The label after the last class
                 is no class.
-            height: In pixels, a multiple of the VAE's factor times the patch size (16 as published). Default:
-                what the transformer was made for. Larger and smaller pictures are what it is for.
+            image: The picture to start from: one for all labels, or one each, of any kind that `read_images`
+                takes, or its latents as `output_type="latent"` gives them. It is stretched to `height` x
+                `width`, by default its own size, rounded down to a multiple of the VAE's factor times the
+                patch size (16 as published).
+            strength: How much of the noise schedule the picture goes through, 0 to 1: the last
+                int(num_inference_steps * strength) steps. No step at all gives the picture back through the
+                VAE. 1 starts from noise alone, and takes the picture's size only.
+            height: In pixels, such a multiple. Default: that of `image`, else what the transformer was made
+                for. Larger and smaller pictures are what it is for.
             width: Likewise.
             num_inference_steps: Steps of the scheduler. 250 are the published ones of DDPM; DPM-Solver++
                 does with 20.
@@ -134,51 +141,48 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
         config, device = self.transformer.config, self._execution_device
-        channels = config.in_channels
-        own_size = config.sample_size * self.vae_scale_factor
-        height, width = (own_size if size is None else size for size in (height, width))
+        images = [] if image is None else read_images(image, config.in_channels)
+        if height is None or width is None:
+            own_height, own_width = self._default_size(images)
+            height = own_height if height is None else height
+            width = own_width if width is None else width
         listed = read_labels(class_labels, self.labels, config.num_classes)
-        batch = len(listed) * num_images_per_label
-        shape = (batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        check_call(
-            batch=batch,
+        batch = self.check_inputs(
+            labels=len(listed),
+            num_images_per_label=num_images_per_label,
             height=height,
             width=width,
-            multiple=self.vae_scale_factor * config.patch_size,
-            latent_shape=shape,
-            counts={"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label},
-            shares={"eta": eta},
+            images=images,
+            strength=strength,
+            num_inference_steps=num_inference_steps,
+            guidance_channels=guidance_channels,
+            eta=eta,
             generator=generator,
             latents=latents,
             output_type=output_type,
-            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
-            known_tensor_inputs=self._callback_tensor_inputs,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        step_takes = inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in step_takes:
-            raise ValueError(
-                f"eta must be 0 with {type(self.scheduler).__name__}, which takes none, got {eta}"
-            )
-        if guidance_channels is not None and guidance_channels not in range(1, channels + 1):
-            raise ValueError(f"guidance_channels must be 1 to {channels} or None, got {guidance_channels}")
-        if self.vae is None and output_type != "latent":
-            raise ValueError(f"output_type must be 'latent' without a vae, got {output_type!r}")
-        used_channels = 2 * channels if self._uses_variance() else channels
+        guided_channels = config.in_channels if guidance_channels is None else guidance_channels
+        used_channels = config.in_channels * (2 if self._uses_variance() else 1)
 
         # 2. The times to visit.
-        tokens = shape[2] * shape[3] // config.patch_size**2
+        tokens = height * width // self._size_multiple**2
         steps = set_timesteps(self.scheduler, num_inference_steps, tokens, device, timesteps, sigmas)
-        times = self.scheduler.timesteps
+        times, steps = self.get_timesteps(steps, strength if images else 1.0)
         self._num_timesteps = len(times)
 
-        # 3. The labels, and the noise to start from.
+        # 3. The labels, and the latents to start from.
         labels = torch.tensor(listed, device=device).repeat_interleave(num_images_per_label)  # (B,)
-        latents = self.prepare_latents(shape, device, generator, latents)
+        image_latents = None
+        if images and strength < 1:
+            image_latents = self.encode_image(images, batch, height, width, device, generator)
+        latents = self.prepare_latents(batch, height, width, times, device, generator, latents, image_latents)
 
         # 4. Denoise. Outside the transformer everything is float32.
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
         order = getattr(self.scheduler, "order", 1)
-        step_kwargs = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in step_takes}
+        taken = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in taken}
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(times):
                 if self.interrupt:
@@ -199,9 +203,9 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
                 predicted = predicted[:, :used_channels]
                 if guided:
                     without, predicted = predicted.chunk(2)
-                    head = channels if guidance_channels is None else guidance_channels
-                    noise = torch.lerp(without[:, :head], predicted[:, :head], self.guidance_scale)
-                    predicted = torch.cat((noise, predicted[:, head:]), dim=1)
+                    noise, rest = predicted.tensor_split((guided_channels,), dim=1)
+                    noise = torch.lerp(without[:, :guided_channels], noise, self.guidance_scale)
+                    predicted = torch.cat((noise, rest), dim=1)
                 latents = self.scheduler.step(predicted, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -217,23 +221,63 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         # 5. Decode.
         pictures: Any = latents
         if output_type != "latent":
-            pictures = self.image_processor.postprocess(decode_latents(self.vae, latents), output_type)
+            pictures = self.image_processor.postprocess(self.decode_latents(latents), output_type)
 
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
-    def prepare_latents(
+    def check_inputs(
         self,
-        shape: tuple[int, ...],
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Noise to start from, (B, C, H, W), drawn in float32, so that a seed means the same at every
-        precision; `latents` are unit noise to take in its place."""
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        *,
+        labels: int,
+        num_images_per_label: int,
+        height: int,
+        width: int,
+        images: list[Tensor],
+        strength: float,
+        num_inference_steps: int,
+        guidance_channels: int | None,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> int:
+        """Raise ValueError for arguments of `__call__` that cannot work; `labels` is how many there are, and
+        `images` are as `read_images` gives them.
+
+        Returns how many pictures there will be.
+        """
+        channels = self.transformer.config.in_channels
+        batch = labels * num_images_per_label
+        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
+        check_call(
+            batch=batch,
+            height=height,
+            width=width,
+            multiple=self._size_multiple,
+            latent_shape=(batch, channels, *latent_size),
+            counts={"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label},
+            shares={"strength": strength, "eta": eta},
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+            known_tensor_inputs=self._callback_tensor_inputs,
+        )
+        if images:
+            check_images(images, labels, latent_size)
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f"output_type must be 'latent' without a vae, got {output_type!r}")
+        if self.vae is None and images and is_picture(images[0]):
+            raise ValueError("image must be latents without a vae, got pictures")
+        if guidance_channels is not None and guidance_channels not in range(1, channels + 1):
+            raise ValueError(f"guidance_channels must be 1 to {channels} or None, got {guidance_channels}")
+        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(
+                f"eta must be 0 with {type(self.scheduler).__name__}, which takes none, got {eta}"
+            )
+        return batch
 
     def _uses_variance(self) -> bool:
         """Whether the scheduler takes the variance that the transformer predicts beside the noise."""

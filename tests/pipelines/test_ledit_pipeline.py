@@ -267,6 +267,9 @@ def test_guidance_is_away_from_the_label_that_stands_for_none(pipe):
         ({"guidance_channels": 0}, "guidance_channels must be 1 to 4 or None, got 0"),
         ({"guidance_channels": 5}, "guidance_channels must be 1 to 4 or None, got 5"),
         ({"eta": 0.5}, "eta must be 0 with DDPMScheduler"),
+        ({"strength": 1.1}, "strength must be between 0 and 1, got 1.1"),
+        ({"image": []}, "image must hold a picture or be None"),
+        ({"image": torch.zeros(2, 3, 48, 64)}, "image must be one or 1, one for each prompt, got 2"),
         ({"output_type": "jpg"}, "output_type must be .* got 'jpg'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"must be among .* got \['noise'\]"),
         ({"sigmas": [1.0, 0.5]}, "sigmas must be None with DDPMScheduler"),
@@ -290,6 +293,7 @@ def test_bad_input_is_refused_before_a_model_runs(pipe, kwargs, message):
     [
         ("transformer", {}, "transformer must be loaded"),
         ("scheduler", {}, "scheduler must be loaded"),
+        ("vae", {"image": torch.zeros(3, 48, 64)}, "image must be latents without a vae"),
         ("vae", {"output_type": "pil"}, "output_type must be 'latent' without a vae, got 'pil'"),
     ],
 )
@@ -366,6 +370,38 @@ def test_a_vae_that_overflows_is_named(pipe):
         pipe.vae.decoder.conv_out.bias[0] = math.inf
     with pytest.raises(NonFiniteError, match=r"the VAE's decoder gave .*: run the VAE in float32"):
         run(pipe, output_type="pil")
+
+
+# --- Image to image
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.0, 0), (0.4, 3), (0.75, 6)])
+def test_image_to_image_begins_at_its_noise_and_takes_the_last_steps(pipe, strength, steps):
+    pictures = torch.rand(2, 3, 48, 64)
+    calls = spy(pipe)
+    options = {"image": pictures, "strength": strength, "num_inference_steps": 8}
+    latents = run(pipe, [3, 1], generator=generators(5, 6), **options)
+    assert len(calls) == steps
+    for i in range(2):
+        generator = torch.Generator().manual_seed(5 + i)
+        with torch.no_grad():
+            posterior = pipe.vae.encode(2 * pictures[i : i + 1] - 1).latent_dist
+        expected = posterior.mean + posterior.std * torch.randn(1, 4, 6, 8, generator=generator)
+        expected = expected * pipe.vae.config.scaling_factor
+        if steps:
+            t = respaced(8)[steps - 1]
+            a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t]
+            noise = torch.randn(1, 4, 6, 8, generator=generator)
+            expected = a.sqrt() * expected + (1 - a).sqrt() * noise
+            assert int(calls[0]["timestep"][0]) == t
+            assert_same(calls[0]["hidden_states"][2 + i : 3 + i], expected)
+        else:
+            assert_same(latents[i : i + 1], expected)
+
+
+def test_the_size_of_an_image_is_the_size_of_the_picture(pipe):
+    options = {"num_inference_steps": 4, "strength": 0.5, "output_type": "pt"}
+    assert pipe(1, image=torch.rand(3, 50, 36), **options).images.shape == (1, 3, 48, 32)
 
 
 # --- Callbacks
