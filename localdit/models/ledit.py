@@ -480,13 +480,15 @@ class LEDiTTransformer2DModel(
         if traced:  # a graph holds no branch on a number that is drawn
             dilated = torch.rand((), device=x.device) < config.multi_dilation_prob
             return torch.where(dilated, conv(x, config.multi_dilation), conv(x))
-        return conv(x, config.multi_dilation if torch.rand(()) < config.multi_dilation_prob else 1)
+        dilated = torch.rand((), device="cpu") < config.multi_dilation_prob  # no wait for another device
+        return conv(x, config.multi_dilation if dilated else 1)
 
     def _mask(self, height: int, width: int, device: torch.device, traced: bool) -> Mask:
         """The mask of all causal blocks, in the form that their backend takes; None where none is needed."""
         causal = [block for block in cast("list[LEDiTBlock]", self.transformer_blocks) if block.causal]
         if not causal:
             return None
+        # `set_attention_backend` sets it for all of them alike.
         backend = getattr(causal[0].attn1.processor, "_attention_backend", None)
         flex = backend == AttentionBackendName.FLEX
         variant = self.config.causal_variant
