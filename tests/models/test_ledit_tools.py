@@ -24,6 +24,8 @@ from localdit.models.ledit import LEDiTAttention, LEDiTAttnProcessor, LEDiTBlock
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 CONFIGS: list[dict[str, Any]] = [{}, {"causal_variant": "raster", "conv_norm": True, "conv_groups": 24}]
+# Tracing takes seconds per block, so models to be compiled whole have one.
+COMPILED: dict[str, Any] = {"num_layers": 1, "attention_pattern": ["ca"]}
 
 
 # --- Subclasses
@@ -260,7 +262,7 @@ def test_fusing_the_projections_changes_no_number():
 def test_dynamic_compilation_compiles_once_for_many_sizes():
     """No two of the first call's sizes are equal by chance, which the compiler would take for a rule."""
     counter = CompileCounterWithBackend("eager")
-    model = toy_ledit(num_layers=1, attention_pattern=["ca"])
+    model = toy_ledit(**COMPILED)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for grid in [(10, 14), (18, 6), (22, 26)]:
         inputs = ledit_inputs(grid, batch=3)
@@ -270,7 +272,7 @@ def test_dynamic_compilation_compiles_once_for_many_sizes():
 
 @every_class
 def test_the_whole_forward_compiles_to_one_graph(cls):
-    model, inputs = toy_ledit(cls, num_layers=2), inputs_of(cls)
+    model, inputs = toy_ledit(cls, **COMPILED), inputs_of(cls)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert relative_error(run(compiled, inputs), run(model, inputs)) < 1e-5
 
@@ -278,7 +280,7 @@ def test_the_whole_forward_compiles_to_one_graph(cls):
 @pytest.mark.parametrize("prob", [0.0, 1.0])
 def test_a_compiled_model_gives_the_same_gradients(prob):
     """In training mode: the draw of the dilation is part of the graph."""
-    model, inputs = toy_ledit(num_layers=2, multi_dilation_prob=prob).train(), ledit_inputs((5, 7))
+    model, inputs = toy_ledit(**COMPILED, multi_dilation_prob=prob).train(), ledit_inputs((5, 7))
     gradients = []
     for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
