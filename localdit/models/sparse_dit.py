@@ -688,12 +688,11 @@ class SparseDiTTransformer2DModel(
 
         config = self.config
         mixer, depth = config.mixer_num_layers, config.num_layers
-        first = 1
+        mixer_depths, depths = [depth] * mixer, list(range(1, depth + 1))
         if config.mixer_depth_scaled_init:
-            mixer_depths, first = range(1, mixer + 1), mixer + 1
-        else:
-            mixer_depths = [depth] * mixer
-        depths = range(first, first + depth) if config.depth_scaled_init else [depth] * depth
+            mixer_depths, depths = list(range(1, mixer + 1)), [mixer + at_depth for at_depth in depths]
+        if not config.depth_scaled_init:
+            depths = [depth] * depth
         for block, at_depth in zip(self._blocks, [*mixer_depths, *depths]):
             block.init_weights(residual_std=0.02 / (config.residual_init_denominator * at_depth) ** 0.5)
 

@@ -28,6 +28,7 @@ from localdit.pipelines.common import (
     changed_text,
     check_call,
     check_images,
+    check_prompts,
     check_text,
     is_picture,
     lost_words,
@@ -290,9 +291,25 @@ class SparseDiTPipeline(
                 "scheduler must be EDMHeunScheduler, EDMEulerScheduler or EDMDPMSolverMultistepScheduler, "
                 f"got {type(self.scheduler).__name__}"
             )
-        prompts = self._check_prompts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, max_sequence_length
-        )
+        width_of_text = self.transformer.config.caption_channels
+        if negative_prompt is None and negative_prompt_embeds is None:
+            prompts = check_text("prompt", prompt, prompt_embeds, width_of_text)
+        else:
+            prompts = check_prompts(
+                prompt,
+                negative_prompt,
+                prompt_embeds,
+                negative_prompt_embeds,
+                width=width_of_text,
+                max_sequence_length=max_sequence_length,
+                guided=self.do_classifier_free_guidance,
+            )
+        places = getattr(getattr(self.text_encoder, "config", None), "max_position_embeddings", None)
+        if places is not None and max_sequence_length > places:
+            raise ValueError(
+                f"max_sequence_length must be at most {places}, the places of the text encoder, "
+                f"got {max_sequence_length}"
+            )
         batch = prompts * num_images_per_prompt
         latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
         check_call(
@@ -363,45 +380,6 @@ class SparseDiTPipeline(
         if negative_embeds is not None:
             negative_embeds = negative_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
         return embeds.repeat_interleave(num_images_per_prompt, dim=0), negative_embeds
-
-    def _check_prompts(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        max_sequence_length: int,
-    ) -> int:
-        """Check prompts and negative prompts, or embeddings in their place; return how many prompts there
-        are."""
-        width = self.transformer.config.caption_channels
-        prompts = check_text("prompt", prompt, prompt_embeds, width)
-        if negative_prompt is not None or negative_prompt_embeds is not None:
-            negatives = check_text("negative_prompt", negative_prompt, negative_prompt_embeds, width)
-            if negatives != prompts and not isinstance(negative_prompt, str):
-                raise ValueError(
-                    f"negative_prompt must be one text or {prompts}, one for each prompt, got {negatives}"
-                )
-            length, negative_length = (
-                max_sequence_length if embeds is None else embeds.shape[1]
-                for embeds in (prompt_embeds, negative_prompt_embeds)
-            )
-            if self.do_classifier_free_guidance and length != negative_length:
-                raise ValueError(
-                    f"prompt and negative_prompt must have one length, got {length} and {negative_length}; "
-                    "that of text is max_sequence_length"
-                )
-        limit = (
-            None
-            if self.text_encoder is None
-            else getattr(self.text_encoder.config, "max_position_embeddings", None)
-        )
-        if limit is not None and max_sequence_length > limit:
-            raise ValueError(
-                f"max_sequence_length must be at most {limit}, as the text encoder has places, "
-                f"got {max_sequence_length}"
-            )
-        return prompts
 
     def _encode_texts(self, texts: list[str], device: torch.device, length: int) -> Tensor:
         """Embeddings (len(texts), length, caption_channels); equal texts are read once."""

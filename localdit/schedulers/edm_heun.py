@@ -45,6 +45,7 @@ class EDMHeunScheduler(EDMEulerScheduler):
     """
 
     order = 2
+    _step_index: Any
     _compatibles: ClassVar = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 
     @register_to_config
@@ -132,7 +133,7 @@ class EDMHeunScheduler(EDMEulerScheduler):
         self._first_sigma = (first**2 + config.s_noise**2 * (churned_first**2 - first**2)) ** 0.5
         self._step_index = self._begin_index = self._under_way = None
 
-    def step(  # type: ignore[override]  # churn belongs to the schedule here, not to the call
+    def step(
         self,
         model_output: Tensor,
         timestep: float | Tensor,
@@ -174,5 +175,5 @@ class EDMHeunScheduler(EDMEulerScheduler):
             if next_sigma > sigma:
                 noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
                 x = x + self.config.s_noise * (next_sigma**2 - sigma**2).sqrt() * noise.to(dtype)
-        self._step_index += 1
+        self._step_index = index + 1
         return EDMEulerSchedulerOutput(x, clean) if return_dict else (x, clean)
