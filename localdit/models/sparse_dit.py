@@ -515,7 +515,7 @@ class SparseDiTOutput(BaseOutput):
 
     Attributes:
         sample: (B, out_channels, H, W), the network's F; zero where tokens were dropped.
-        mask: (B, N), 1 where a token was dropped and 0 where it was kept; None without masking.
+        mask: (B, N), float32, 1 where a token was dropped and 0 where it was kept; None without masking.
     """
 
     sample: Tensor
@@ -808,7 +808,7 @@ class SparseDiTTransformer2DModel(
         if kept is not None:
             blank = x.new_zeros(batch, grid[0] * grid[1], x.shape[2])
             x = blank.scatter(1, kept.expand(-1, -1, x.shape[2]), x)
-            mask = torch.ones_like(blank[..., 0]).scatter(1, kept[..., 0], 0.0)
+            mask = torch.ones(blank.shape[:2], device=device).scatter(1, kept[..., 0], 0.0)
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, C)
         sample = x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
         output = SparseDiTOutput(sample=sample, mask=mask)

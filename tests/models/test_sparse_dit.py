@@ -558,6 +558,12 @@ def test_the_tokens_of_lowest_noise_are_kept(mask_ratio, kept):
     assert torch.equal(output.mask, expected)
 
 
+def test_the_mask_counts_in_float32_whatever_the_model_computes_in():
+    """Sums of 16-bit numbers round from 257 tokens on."""
+    model, inputs = toy_sparse().bfloat16().train(), cast(sparse_inputs(), torch.bfloat16)
+    assert model(**inputs, mask_ratio=0.5).mask.dtype == torch.float32
+
+
 def test_masks_are_drawn_anew_for_every_sample_and_call():
     model, inputs = toy_sparse().train(), sparse_inputs(batch=4)
     masks = [model(**inputs, mask_ratio=0.5).mask for _ in range(2)]
