@@ -46,7 +46,7 @@ from localdit.data.records import Bad, Record
 from localdit.data.sources import Source, open_source
 from localdit.files import locked, staged_file
 from localdit.pipelines import local_dit
-from localdit.pipelines.common import float32_where_asked, require_finite
+from localdit.pipelines.common import VAE_REMEDY, float32_where_asked, require_finite
 from localdit.training.stopping import Stopped, StopRequest
 
 # B batch   C latent channels   H W picture   h w latent   T text tokens   K channels of the text features
@@ -433,7 +433,7 @@ class ImageWorker:
         ):
             images = pixels.to(self.device) / 127.5 - 1
             moments = self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
-        require_finite(moments, "the VAE's encoder", local_dit.VAE_REMEDY)
+        require_finite(moments, "the VAE's encoder", VAE_REMEDY)
         # Attention in the encoder leaves the channels last, and safetensors refuses that.
         return moments.to("cpu", getattr(torch, self.config.dtype)).contiguous()
 
