@@ -57,12 +57,13 @@ def test_the_first_prompt_of_the_readme_gives_a_right_picture_quickly(mini):
     assert sum(right) == 4
 
 
-def test_prompts_of_held_out_combinations_are_followed(mini):
+@pytest.mark.parametrize(("guidance", "single", "pair"), [(None, 0.8, 0.6), (3.0, 0.9, 0.75)])
+def test_prompts_of_held_out_combinations_are_followed(mini, guidance, single, pair):
     """As the model card says of 256, with room for the chance in 32."""
-    result = evaluate_scenes(mini, count=32, seed=11, guidance_scale=3.0)
-    assert result["one_object"]["color and shape"] >= 0.75
+    result = evaluate_scenes(mini, count=32, seed=11, guidance_scale=guidance)
+    assert result["one_object"]["color and shape"] >= single
     assert result["one_object"]["background"] == 1
-    assert result["two_objects"]["all attributes"] >= 0.55
+    assert result["two_objects"]["all attributes"] >= pair
     assert result["two_objects"]["relation"] >= 0.9
 
 
@@ -113,7 +114,7 @@ def test_a_high_strength_follows_the_prompt(edits):
         [(o.color, o.shape) for o in results[0.95].objects] == [(o.color, o.shape) for o in wanted.objects]
         for _, _, wanted, results in edits
     ]
-    assert sum(followed) >= 6
+    assert sum(followed) >= 7
 
 
 def test_strength_zero_gives_the_picture_back(mini):
