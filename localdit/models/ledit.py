@@ -9,7 +9,6 @@ after the patches. `docs/models/ledit.md` maps the paper to this file and says w
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from inspect import signature
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
@@ -28,7 +27,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from localdit.models.layers import heads_of, modulate
 from localdit.models.ledit_single_file import LEDiTSingleFileMixin
-from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
+from localdit.models.strict import (
+    StrictModelMixin,
+    check_attention_kwargs,
+    check_parameters,
+    check_sample,
+    check_sizes,
+    check_timestep,
+    check_types,
+    extra_inputs,
+)
 
 # B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   T tokens in training
 # D width   A heads   d = D/A head width
@@ -375,9 +383,7 @@ class LEDiTTransformer2DModel(
         self.modulation_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
 
-        # What a subclass's block takes beyond ours.
-        own, base = (signature(block.forward).parameters for block in (self.block_class, LEDiTBlock))
-        self._block_inputs = frozenset(own) - frozenset(base)
+        self._block_inputs = extra_inputs(self.block_class, LEDiTBlock)
 
         self.gradient_checkpointing = False
         self.init_weights()
@@ -558,19 +564,9 @@ class LEDiTTransformer2DModel(
         attention_kwargs: dict[str, Any] | None,
     ) -> None:
         config = self.config
-        shape = tuple(hidden_states.shape)
-        if hidden_states.ndim != 4 or shape[1] != config.in_channels:
-            raise ValueError(
-                f"hidden_states must be (batch, {config.in_channels}, height, width), got {shape}"
-            )
-        batch, _, height, width = shape
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % config.patch_size:
-                raise ValueError(
-                    f"hidden_states' {name} must be a multiple of {config.patch_size}, got {size}"
-                )
-        if isinstance(timestep, Tensor) and timestep.ndim and tuple(timestep.shape) not in ((batch,), (1,)):
-            raise ValueError(f"timestep must be a scalar or ({batch},), got {tuple(timestep.shape)}")
+        check_sample(hidden_states, config.in_channels, config.patch_size)
+        batch = len(hidden_states)
+        check_timestep(timestep, batch)
         if tuple(class_labels.shape) != (batch,) or class_labels.is_floating_point():
             raise ValueError(
                 f"class_labels must be ({batch},) integers, "
@@ -578,9 +574,4 @@ class LEDiTTransformer2DModel(
             )
         if dilation is not None and dilation < 1:
             raise ValueError(f"dilation must be at least 1 or None, got {dilation}")
-        unknown = set(attention_kwargs or ()) - self._block_inputs
-        if unknown:
-            raise ValueError(
-                f"attention_kwargs holds {sorted(unknown)}, which {self.block_class.__name__} does not take; "
-                f"it takes {sorted(self._block_inputs | {'scale'})}"
-            )
+        check_attention_kwargs(attention_kwargs, self._block_inputs, self.block_class)

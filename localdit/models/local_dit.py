@@ -8,7 +8,6 @@ lists what in it surprises.
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from inspect import signature
 from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import torch
@@ -28,7 +27,17 @@ from torch import Tensor, nn
 
 from localdit.models.layers import RMSNorm, heads_of, modulate, rotate, sincos_table
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
-from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
+from localdit.models.strict import (
+    StrictModelMixin,
+    check_attention_kwargs,
+    check_caption,
+    check_parameters,
+    check_sample,
+    check_sizes,
+    check_timestep,
+    check_types,
+    extra_inputs,
+)
 
 # B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   T text tokens
 # D width   A heads   d = D/A head width   G windows   S tokens per window   M = G*S window slots
@@ -629,9 +638,7 @@ class LocalDiTTransformer2DModel(
         self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         self.proj_out = nn.Linear(dim, patch_size**2 * self.out_channels)
 
-        # What a subclass's block takes beyond ours.
-        own, base = (signature(block.forward).parameters for block in (self.block_class, LocalDiTBlock))
-        self._block_inputs = frozenset(own) - frozenset(base)
+        self._block_inputs = extra_inputs(self.block_class, LocalDiTBlock)
 
         self.gradient_checkpointing = False
         self.init_weights()
@@ -671,7 +678,7 @@ class LocalDiTTransformer2DModel(
             encoder_attention_mask: (B, T), 1 or True = keep, 0 or False = padding; None keeps all.
             attention_kwargs: As for `forward`; a LoRA's `scale` applies here too.
         """
-        self._check_text(encoder_hidden_states, encoder_attention_mask)
+        check_caption(encoder_hidden_states, encoder_attention_mask, self.config.caption_channels)
         context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
         attentions = [block.attn2 for block in cast("list[LocalDiTBlock]", self.transformer_blocks)]
         # An offloaded block fetches its weights in its own forward alone.
@@ -821,17 +828,8 @@ class LocalDiTTransformer2DModel(
         attention_kwargs: dict[str, Any] | None,
     ) -> None:
         config = self.config
-        shape = tuple(hidden_states.shape)
-        if hidden_states.ndim != 4 or shape[1] != config.in_channels:
-            raise ValueError(
-                f"hidden_states must be (batch, {config.in_channels}, height, width), got {shape}"
-            )
-        batch, _, height, width = shape
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % config.patch_size:
-                raise ValueError(
-                    f"hidden_states' {name} must be a multiple of {config.patch_size}, got {size}"
-                )
+        check_sample(hidden_states, config.in_channels, config.patch_size)
+        batch = len(hidden_states)
 
         if isinstance(text, TextContext):
             if text.batch_size != batch:
@@ -845,15 +843,14 @@ class LocalDiTTransformer2DModel(
                     "given to encode_text"
                 )
         else:
-            self._check_text(text, text_mask)
+            check_caption(text, text_mask, self.config.caption_channels)
             if len(text) != batch:
                 raise ValueError(
                     f"encoder_hidden_states has batch {len(text)}, hidden_states has batch {batch}; "
                     "repeat the text"
                 )
 
-        if isinstance(timestep, Tensor) and timestep.ndim and tuple(timestep.shape) not in ((batch,), (1,)):
-            raise ValueError(f"timestep must be a scalar or ({batch},), got {tuple(timestep.shape)}")
+        check_timestep(timestep, batch)
 
         given = {name for name, value in (added_cond_kwargs or {}).items() if value is not None}
         if added_cond_kwargs is not None and config.use_additional_conditions:
@@ -872,21 +869,4 @@ class LocalDiTTransformer2DModel(
                 f"got {sorted(given)}"
             )
 
-        unknown = set(attention_kwargs or ()) - self._block_inputs
-        if unknown:
-            raise ValueError(
-                f"attention_kwargs holds {sorted(unknown)}, which {self.block_class.__name__} does not take; "
-                f"it takes {sorted(self._block_inputs | {'scale'})}"
-            )
-
-    def _check_text(self, text: Tensor, mask: Tensor | None) -> None:
-        width = self.config.caption_channels
-        if text.ndim != 3 or text.shape[2] != width:
-            raise ValueError(
-                f"encoder_hidden_states must be (batch, tokens, {width}), got {tuple(text.shape)}"
-            )
-        if mask is not None and mask.shape != text.shape[:2]:
-            raise ValueError(
-                f"encoder_attention_mask must be {tuple(text.shape[:2])} like encoder_hidden_states, "
-                f"got {tuple(mask.shape)}"
-            )
+        check_attention_kwargs(attention_kwargs, self._block_inputs, self.block_class)

@@ -11,7 +11,6 @@ differ.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,7 +31,16 @@ from torch import Tensor, nn
 
 from localdit.models.layers import RMSNorm, heads_of, modulate, rotate
 from localdit.models.pixeldit_single_file import PixelDiTSingleFileMixin
-from localdit.models.strict import StrictModelMixin, check_parameters, check_sizes, check_types
+from localdit.models.strict import (
+    StrictModelMixin,
+    check_attention_kwargs,
+    check_parameters,
+    check_sample,
+    check_sizes,
+    check_timestep,
+    check_types,
+    extra_inputs,
+)
 
 # B batch   C channels   H W image   p patch   h w patch grid   N = h*w patches   P = p*p pixels of a patch
 # D width   A heads   d = D/A head width   E pixel width   n patches worked on at a time
@@ -380,9 +388,7 @@ class PixelDiTBase(
         )
         self.norm_out = RMSNorm(config.pixel_dim, eps=config.norm_eps)
         self.proj_out = nn.Linear(config.pixel_dim, config.in_channels)
-        # What a subclass's block takes beyond ours.
-        own, base = (signature(block.forward).parameters for block in (self.block_class, model.block_class))
-        self._block_inputs = frozenset(own) - frozenset(base)
+        self._block_inputs = extra_inputs(self.block_class, model.block_class)
         self.gradient_checkpointing = False
         return dim
 
@@ -481,33 +487,14 @@ class PixelDiTBase(
         attention_kwargs: dict[str, Any] | None,
     ) -> None:
         config = self.config
-        shape = tuple(hidden_states.shape)
-        if hidden_states.ndim != 4 or shape[1] != config.in_channels:
-            raise ValueError(
-                f"hidden_states must be (batch, {config.in_channels}, height, width), got {shape}"
-            )
-        for name, size in zip(("height", "width"), shape[2:]):
-            if size < 1 or size % config.patch_size:
-                raise ValueError(
-                    f"hidden_states' {name} must be a multiple of {config.patch_size}, got {size}"
-                )
-        batch = shape[0]
-        # Of sizes that a compiler keeps dynamic, tuples do not compare.
-        if isinstance(timestep, Tensor) and (
-            timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) != 1 and len(timestep) != batch)
-        ):
-            raise ValueError(f"timestep must be a scalar or ({batch},), got {tuple(timestep.shape)}")
+        check_sample(hidden_states, config.in_channels, config.patch_size)
+        check_timestep(timestep, len(hidden_states))
         if return_hidden_state_of is not None and not 1 <= return_hidden_state_of <= config.num_layers:
             raise ValueError(
                 f"return_hidden_state_of must be a block from 1 to {config.num_layers} or None, "
                 f"got {return_hidden_state_of}"
             )
-        unknown = set(attention_kwargs or ()) - self._block_inputs
-        if unknown:
-            raise ValueError(
-                f"attention_kwargs holds {sorted(unknown)}, which {self.block_class.__name__} does not take; "
-                f"it takes {sorted(self._block_inputs | {'scale'})}"
-            )
+        check_attention_kwargs(attention_kwargs, self._block_inputs, self.block_class)
 
 
 class PixelDiTTransformer2DModel(PixelDiTBase):

@@ -1,7 +1,7 @@
-"""What every model here holds its config and its weights to, beyond what diffusers does.
+"""What every model here holds its config, its weights and its inputs to, beyond what diffusers does.
 
-Values of a wrong type or size are refused before memory is taken for them, and missing weights are never
-made up for.
+Values of a wrong type or size are refused before memory is taken for them, missing weights are never made up
+for, and inputs that do not fit are refused before anything is computed.
 """
 
 import inspect
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor, nn
 
 from localdit.models.single_file import PICKLE_SUFFIXES, refuse_misfits
 
@@ -132,3 +134,55 @@ def check_parameters(at_least: int, sizes: Mapping[str, Any]) -> None:
     if at_least > MAX_PARAMETERS:
         listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
         raise ValueError(f"the model must have at most {MAX_PARAMETERS:,} parameters, got {listed}")
+
+
+# --- Inputs -------------------------------------------------------------------------------------------------
+
+
+def check_sample(hidden_states: Tensor, channels: int, patch_size: int) -> None:
+    """Raise ValueError unless a noisy sample is (B, channels, H, W), in whole patches."""
+    shape = tuple(hidden_states.shape)
+    if hidden_states.ndim != 4 or shape[1] != channels:
+        raise ValueError(f"hidden_states must be (batch, {channels}, height, width), got {shape}")
+    for name, size in zip(("height", "width"), shape[2:]):
+        if size < 1 or size % patch_size:
+            raise ValueError(f"hidden_states' {name} must be a multiple of {patch_size}, got {size}")
+
+
+def check_timestep(timestep: Tensor | float, batch: int) -> None:
+    """Raise ValueError unless there is one timestep, or one for each of the batch."""
+    # Of sizes that a compiler keeps dynamic, tuples do not compare.
+    if isinstance(timestep, Tensor) and (
+        timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) != 1 and len(timestep) != batch)
+    ):
+        raise ValueError(f"timestep must be a scalar or ({batch},), got {tuple(timestep.shape)}")
+
+
+def check_caption(text: Tensor, mask: Tensor | None, channels: int) -> None:
+    """Raise ValueError unless text features are (B, T, channels), and their mask (B, T)."""
+    if text.ndim != 3 or text.shape[2] != channels:
+        raise ValueError(
+            f"encoder_hidden_states must be (batch, tokens, {channels}), got {tuple(text.shape)}"
+        )
+    if mask is not None and mask.shape != text.shape[:2]:
+        raise ValueError(
+            f"encoder_attention_mask must be {tuple(text.shape[:2])} like encoder_hidden_states, "
+            f"got {tuple(mask.shape)}"
+        )
+
+
+def extra_inputs(block_class: type[nn.Module], base: type[nn.Module]) -> frozenset[str]:
+    """The names of what a subclass's block takes beyond the block `base`."""
+    own, known = (inspect.signature(block.forward).parameters for block in (block_class, base))
+    return frozenset(own) - frozenset(known)
+
+
+def check_attention_kwargs(
+    given: Mapping[str, Any] | None, extra: frozenset[str], block_class: type[nn.Module]
+) -> None:
+    """Raise ValueError if `attention_kwargs` holds anything but what `extra_inputs` found."""
+    if unknown := set(given or ()) - extra:
+        raise ValueError(
+            f"attention_kwargs holds {sorted(unknown)}, which {block_class.__name__} does not take; "
+            f"it takes {sorted(extra | {'scale'})}"
+        )
