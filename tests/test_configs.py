@@ -71,7 +71,7 @@ def test_a_config_is_read_and_its_model_has_the_stated_size(name):
 def test_an_unknown_model_field_or_class_is_an_error():
     with pytest.raises(ValueError, match=r"unknown key model\.num_layer;"):
         build_model({"_class_name": "LocalDiTTransformer2DModel", "num_layer": 2})
-    with pytest.raises(ValueError, match=r"_class_name must name a model .*, got 'DiTX'"):
+    with pytest.raises(ValueError, match=r"_class_name must name a class .*, got 'DiTX'"):
         build_model({"_class_name": "DiTX"})
     with pytest.raises(ValueError, match=r"objective\.name must be one of .*, got 'magic'"):
         build_objective({"name": "magic"})

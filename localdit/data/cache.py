@@ -44,7 +44,11 @@ class Cache(Samples):
         {"moments": (2C, h, w) float32, "text": (T, K) float32, "text_mask": (T,) bool}
 
     where `moments` are mean and log-variance of the autoencoder's posterior, before any scaling, and T
-    differs between items. One of the picture's captions is drawn, by weight, and with flips in the cache one
+    differs between items; of a cache that was made without a text encoder
+
+        {"moments": (2C, h, w) float32, "caption": str}
+
+    One of the picture's captions is drawn, by weight, and with flips in the cache one
     of its two orientations, by generators of their own for each seed and position.
 
     It may be handed to the workers of a `DataLoader`, by fork or by spawn. Shards are mapped into memory when
@@ -59,7 +63,7 @@ class Cache(Samples):
         groups: (items,), the bucket of each item: a number in `buckets`.
         shards: (items,), the shard that holds each item.
         buckets: (height, width) in pixels.
-        empty_text: (T, K) float32, the features of "".
+        empty_text: (T, K) float32, the features of no caption; None without a text encoder.
         bad: Name of each sample that could not be used, and the reason.
     """
 
@@ -79,13 +83,15 @@ class Cache(Samples):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, position = key
         shard, bucket, row = self._place(index)
         rng = random.Random(f"{self.seed}/{position}")
         flip = rng.random() < 0.5 and self.flips
         moments, picture = self._images(shard).read(bucket, row, flip)
         text = self._text(shard).draw(picture, rng)
+        if isinstance(text, str):
+            return {"moments": moments.float(), "caption": text}
         return {
             "moments": moments.float(),
             "text": text.float(),
@@ -98,11 +104,13 @@ class Cache(Samples):
         return self._images(shard).name(bucket, row)
 
     @staticmethod
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Items of one group as a batch: the text is padded with zeros to the longest among them."""
+    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Items of one group as a batch: features of text are padded with zeros to the longest among them."""
         batch = {key: [item[key] for item in items] for key in items[0]}
-        padded = {key: pad_sequence(batch[key], batch_first=True) for key in ("text", "text_mask")}
-        return {"moments": torch.stack(batch["moments"]), **padded}
+        padded = {
+            key: pad_sequence(batch[key], batch_first=True) for key in ("text", "text_mask") if key in batch
+        }
+        return batch | padded | {"moments": torch.stack(batch["moments"])}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the open shards, which another process opens for itself."""
@@ -150,27 +158,35 @@ class _Images:
 
 
 class _Text:
-    """A shard of text features, with the tables that find a caption in it."""
+    """A shard of text features, or of texts, with the tables that find a caption in it."""
 
     def __init__(self, path: Path):
         self.path, file = path, open_shard(path)
         with _named(path):
-            self.features = file.get_slice("features")  # (all tokens of the shard, K)
-            self.token_ends = file.get_tensor("tokens").cumsum(0).tolist()  # of each caption
             self.caption_ends = file.get_tensor("captions").cumsum(0).tolist()  # of each picture
             self.weights = file.get_tensor("weights").tolist()  # of each caption
-            self.empty = file.get_tensor("empty").float()
-            captions, tokens = ([0, *ends][-1] for ends in (self.caption_ends, self.token_ends))
-            (rows, _), (_, _) = self.features.get_shape(), self.empty.shape
-            if rows != tokens or not captions == len(self.token_ends) == len(self.weights):
+            self.texts: list[str] | None = None
+            self.empty: Tensor | None = None
+            if "texts" in file.keys():  # noqa: SIM118 (not a dict)
+                self.texts = json.loads(file.get_tensor("texts").numpy().tobytes())
+                count = len(self.texts)
+            else:
+                self.features = file.get_slice("features")  # (all tokens of the shard, K)
+                self.token_ends = file.get_tensor("tokens").cumsum(0).tolist()  # of each caption
+                self.empty = file.get_tensor("empty").float()
+                (rows, _), (_, _) = self.features.get_shape(), self.empty.shape
+                count = len(self.token_ends) if rows == [0, *self.token_ends][-1] else -1
+            if not [0, *self.caption_ends][-1] == len(self.weights) == count:
                 raise ValueError("its tables tell of other captions than it holds")
 
-    def draw(self, picture: int, rng: random.Random) -> Tensor:
-        """The features of one of a picture's captions, (T, K)."""
+    def draw(self, picture: int, rng: random.Random) -> Tensor | str:
+        """One of a picture's captions: its features (T, K), or itself."""
         with _named(self.path):
             first = self.caption_ends[picture - 1] if picture else 0
             last = self.caption_ends[picture]
             (caption,) = rng.choices(range(first, last), self.weights[first:last])
+            if self.texts is not None:
+                return self.texts[caption]
             return self.features[self.token_ends[caption - 1] if caption else 0 : self.token_ends[caption]]
 
 

@@ -34,11 +34,17 @@ class Folder:
 
     Captions stand in one of `TABLES` in the folder itself, or else in a `.txt` beside each picture.
 
+    Args:
+        path: Of the folder.
+        classes: Take for a picture's caption the name of the folder below `path` that it is in, as those of
+            ImageNet are laid out.
+
     Raises:
         ValueError: There is no such folder.
     """
 
     path: str
+    classes: bool = False
 
     kind: ClassVar[str] = "folder"
     noun: ClassVar[str] = "pictures"
@@ -49,11 +55,11 @@ class Folder:
             raise ValueError(f"there is no folder {self.path}")
 
     def identity(self) -> dict[str, Any]:
-        return {"path": os.path.realpath(self.path)}
+        return {"path": os.path.realpath(self.path), "classes": self.classes}
 
     def units(self) -> Iterator[Unit]:
         files = dict(_files(self.path))
-        tables = [name for name in TABLES if name in files]
+        tables = [] if self.classes else [name for name in TABLES if name in files]
         if len(tables) > 1:
             raise ValueError(f"{self.path} must hold one table of captions, got {' and '.join(tables)}")
         if tables and isinstance(reason := files[tables[0]], str):
@@ -64,7 +70,9 @@ class Folder:
         for name in sorted(names | (table or {}).keys()):
             captions: Captions | str | None  # None: in the text beside
             try:
-                if table is None:
+                if self.classes:
+                    stamp, captions = _stamp(files, name), _class_of(name)
+                elif table is None:
                     stamp, captions = _stamp(files, name) + _stamp_of_text(files, name), None
                 else:
                     captions = _look_up(table, name, tables[0])
@@ -162,6 +170,13 @@ def _stamp_of_text(files: _Files, name: str) -> list[int]:
 
 def _text_of(name: str) -> str:
     return posixpath.splitext(name)[0] + ".txt"
+
+
+def _class_of(name: str) -> Captions:
+    folder, slash, _ = name.partition("/")
+    if not slash:
+        raise BadSample("is in no folder of a class")
+    return captions_in(folder)
 
 
 def _look_up(table: _Table, name: str, table_name: str) -> Captions:

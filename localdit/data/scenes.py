@@ -88,7 +88,7 @@ class Caption:
     names_background: bool
 
 
-def scene(index: int, *, seed: int = 0, held_out: bool = False) -> Scene:
+def scene(index: int, *, seed: int = 0, held_out: bool = False, objects: int | None = None) -> Scene:
     """The scene number `index`: one object or two, at even odds.
 
     Args:
@@ -96,12 +96,19 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False) -> Scene:
         seed: Another seed, another endless series of scenes.
         held_out: Draw from the tenth of all combinations that is kept out of training (`is_held_out`), rather
             than from the other nine.
+        objects: 1 or 2 for scenes of so many alone.
     """
     rng = random.Random(f"{seed}/{index}")
     while True:
         drawn = _draw_one(rng) if rng.random() < 0.5 else _draw_two(rng)
-        if is_held_out(drawn) == held_out:
+        if is_held_out(drawn) == held_out and objects in (None, len(drawn.objects)):
             return drawn
+
+
+def class_name(scene: Scene) -> str:
+    """What a model that is told a class, and no sentence, calls a scene of one object: "red circle"."""
+    (one,) = scene.objects
+    return f"{one.color} {one.shape}"
 
 
 def canonical(scene: Scene) -> Scene:

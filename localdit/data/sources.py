@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localdit.data.records import Bad, Record
-from localdit.data.scenes import as_users_write, captions, render, scene
+from localdit.data.scenes import Scene, as_users_write, captions, class_name, render, scene
 
 __all__ = ["Bad", "Record", "Scenes", "Source", "open_source"]
 
@@ -80,7 +80,7 @@ class Scenes:
 
     def record(self, i: int) -> Record:
         i = range(len(self))[i]
-        drawn = scene(i, seed=self.seed, held_out=self.held_out)
+        drawn = self.scene(i)
         wordings = captions(drawn)
         texts, weights = [caption.text for caption in wordings], [1.0] * len(wordings)
         if self.free_wording_rate:
@@ -91,14 +91,43 @@ class Scenes:
             free = self.free_wording_rate
             weights = [1 - free] * len(wordings) + [free] * len(wordings)
         used_texts, used_weights = zip(*(pair for pair in zip(texts, weights) if pair[1]))
-        digest = hashlib.sha256(f"{drawn} {self.size}".encode()).hexdigest()
-        return Record(f"scene-{i:08d}", self.size, self.size, used_texts, used_weights, digest)
+        return self._record(i, drawn, used_texts, used_weights)
 
     def read(self, i: int) -> bytes:
         buffer = io.BytesIO()
-        drawn = scene(range(len(self))[i], seed=self.seed, held_out=self.held_out)
+        drawn = self.scene(range(len(self))[i])
         render(drawn, self.size).save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
+
+    def scene(self, i: int) -> Scene:
+        """What picture `i` shows."""
+        return scene(i, seed=self.seed, held_out=self.held_out)
+
+    def _record(self, i: int, drawn: Scene, texts: tuple[str, ...], weights: tuple[float, ...]) -> Record:
+        digest = hashlib.sha256(f"{drawn} {self.size}".encode()).hexdigest()
+        return Record(f"scene-{i:08d}", self.size, self.size, texts, weights, digest)
+
+
+class SceneClasses(Scenes):
+    """The first `count` scenes of one object, each captioned by its class alone, as "red circle": one of 48
+    colours and shapes, for models that are told a class.
+
+    Args:
+        count: How many.
+        seed: Another seed, other scenes.
+        size: Side of the pictures in pixels.
+    """
+
+    def __init__(self, count: int, seed: int = 0, size: int = 128):
+        super().__init__(count, seed, size)
+
+    def record(self, i: int) -> Record:
+        i = range(len(self))[i]
+        drawn = self.scene(i)
+        return self._record(i, drawn, (class_name(drawn),), (1.0,))
+
+    def scene(self, i: int) -> Scene:
+        return scene(i, seed=self.seed, objects=1)
 
 
 def open_source(
@@ -113,8 +142,8 @@ def open_source(
     Args:
         spec: "pictures/", "shards/train-{0000..0009}.tar", "https://host/{00..19}.tar", "pipe:COMMAND",
             "urls.txt" (one shard a line), "hf:OWNER/NAME" or "scenes:20000"; or a mapping with `kind`
-            ("folder", "shards", "hf", "scenes") and the arguments of that kind: `Folder`, `Shards`,
-            `open_dataset`, `Scenes`.
+            ("folder", "shards", "hf", "scenes", "scene_classes") and the arguments of that kind: `Folder`,
+            `Shards`, `open_dataset`, `Scenes`, `SceneClasses`.
         index: Folder for the index, and for shards that are fetched. By default in the user's cache.
         max_bad_fraction: The share of samples that may be bad.
         progress: Show a bar while indexing.
@@ -126,8 +155,8 @@ def open_source(
         raise ValueError(f"max_bad_fraction must be from 0 to 1, got {max_bad_fraction}")
     fields = dict(spec) if isinstance(spec, Mapping) else _parse(str(spec))
     kind = fields.pop("kind", None)
-    if kind == "scenes":
-        return _call(Scenes, kind, fields)
+    if kind in ("scenes", "scene_classes"):
+        return _call(Scenes if kind == "scenes" else SceneClasses, kind, fields)
     try:
         from localdit.data import folders, shards
         from localdit.data.index import indexed
@@ -142,7 +171,7 @@ def open_source(
             f"sources need {error.name}, of the extra 'train': pip install 'localdit[train]'"
         ) from error
     if kind not in kinds:
-        raise ValueError(f"kind must be folder, shards, hf or scenes, got {kind!r}")
+        raise ValueError(f"kind must be folder, shards, hf, scenes or scene_classes, got {kind!r}")
     folder = index or _default_index()
     if kind != "folder":
         fields.setdefault("cache", str(folder / "shards"))

@@ -3,6 +3,8 @@
 Importing this package makes its pipelines known to diffusers, as far as diffusers lets others do so.
 """
 
+import inspect
+import pkgutil
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -55,6 +57,22 @@ MODELS: dict[Any, dict[str, int]] = {
     },
     SparseDiTTransformer2DModel: {"return_hidden_states_index": 0},
 }
+
+
+def find_pipeline(name: str) -> Any:
+    """A pipeline's class: one of ours by its name, one from elsewhere by its path, package.module.Class.
+
+    Raises:
+        ValueError: There is no such class, or it is no pipeline.
+    """
+    found = {cls.__name__: cls for cls in PIPELINES}.get(name)
+    if found is None and "." in name:
+        with suppress(ImportError, AttributeError, ValueError):
+            found = pkgutil.resolve_name(name)
+    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
+        known = ", ".join(cls.__name__ for cls in PIPELINES)
+        raise ValueError(f"pipeline must be {known} or package.module.Class of another, got {name!r}")
+    return found
 
 
 def register_with_diffusers() -> None:

@@ -84,6 +84,10 @@ class Autoencoding:
         """Nothing is measured."""
         return {}
 
+    def report(self, model: Any) -> dict[str, float]:
+        """Nothing more than the loss."""
+        return {}
+
     @torch.no_grad()
     def preview(self, model: AutoencoderKL, stop: Any) -> Image.Image:
         """Six scenes that training never shows, and below each what is left of it."""

@@ -35,7 +35,7 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 import localdit
 from localdit.assets import MINI
@@ -45,7 +45,7 @@ from localdit.data.images import BadSample, decode_image
 from localdit.data.records import Bad, Record
 from localdit.data.sources import Source, open_source
 from localdit.files import locked, staged_file
-from localdit.pipelines import local_dit
+from localdit.pipelines import find_pipeline
 from localdit.pipelines.common import VAE_REMEDY, float32_where_asked, require_finite
 from localdit.training.stopping import Stopped, StopRequest
 
@@ -64,6 +64,7 @@ _NEEDED = {  # one of these, since the libraries make up what they do not find
     "text_encoder": (".safetensors",),
     "tokenizer": ("tokenizer.json", "spiece.model"),
 }
+DECODERS = ("gemma2",)  # language models that serve as text encoders
 PREPROCESSING = 1  # raised with whatever changes what is made of the same picture and caption
 
 
@@ -73,14 +74,15 @@ class EncodeConfig:
 
     An encoder is named by its folder, by a hub name OWNER/NAME, or by OWNER/NAME/FOLDER for a part of a
     pipeline on the hub; "mini" is that of the pipeline in the package. Weights are read from safetensors
-    alone.
+    alone. A model of pixels has no vae, and one of classes no text encoder: captions are kept as they are.
     """
 
     source: str | dict[str, Any]  # what `localdit.data.sources.open_source` takes
     cache: str  # folder to fill
-    vae: str  # an AutoencoderKL
-    text_encoder: str  # a T5 encoder
-    tokenizer: str  # of the text encoder
+    pipeline: str = "LocalDiTPipeline"  # makes features of captions; another one is package.module.Class
+    vae: str | None = None  # an AutoencoderKL
+    text_encoder: str | None = None  # that of the pipeline
+    tokenizer: str | None = None  # of the text encoder
     resolution: int = (
         512  # pixels: each picture takes the size nearest in ratio among those of about this squared
     )
@@ -107,9 +109,15 @@ class EncodeConfig:
         for name in counts:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if (self.text_encoder is None) != (self.tokenizer is None):
+            raise ValueError(
+                "text_encoder and tokenizer must be given together or not at all, "
+                f"got {self.text_encoder!r} and {self.tokenizer!r}"
+            )
         if self.max_bad_fraction > 1:
             raise ValueError(f"max_bad_fraction must be at most 1, got {self.max_bad_fraction}")
-        bucket_sizes(self.resolution)  # raises where there are none
+        bucket_sizes(self.resolution)  # these two raise where there are none
+        find_pipeline(self.pipeline)
 
 
 @dataclass(frozen=True)
@@ -162,13 +170,19 @@ def encode(
         BlockingIOError: Another run fills the same cache.
         Stopped: When asked to, between two shards.
     """
+    if config.vae is None:
+        raise ValueError("vae must name an autoencoder: of pixels there is nothing to encode ahead")
     if engine == "ray" and accelerator.num_processes > 1:
         raise ValueError("the engine ray starts processes of its own: run it without accelerate launch")
     folder, main = Path(config.cache), accelerator.is_main_process
     with accelerator.main_process_first():
         source = open_config_source(config, progress=main)
     encoders = _by_main_process(accelerator, lambda: identities(config))
-    pieces = list(plan(source, config, encoders, progress=main))
+    pieces = []
+    for piece in plan(source, config, encoders, progress=main):
+        if stop:
+            raise Stopped("stopped before the first shard; run the same again to begin")
+        pieces.append(piece)
 
     with ExitStack() as held:
 
@@ -256,8 +270,10 @@ def plan(
     identity = {part: encoder["sha256"] for part, encoder in encoders.items()}
     common = [FORMAT, PREPROCESSING, config.dtype]
     for_images = [*common, identity["vae"], config.vae_dtype, config.flips]
-    for_text = [*common, identity["text_encoder"], identity["tokenizer"], config.text_encoder_dtype]
-    for_text += [config.max_sequence_length]
+    for_text: list[Any] = [FORMAT]
+    if config.text_encoder:
+        for_text = [*common, identity["text_encoder"], identity["tokenizer"], config.text_encoder_dtype]
+        for_text += [config.max_sequence_length, config.pipeline]
     size, buckets = config.samples_per_shard, bucket_sizes(config.resolution)
     records: list[Record] = []
     for i in tqdm(range(len(source)), desc="plan", unit="image", disable=not progress, leave=False):
@@ -330,11 +346,12 @@ def identity(folder: str | Path, part: str) -> str:
 
 
 def identities(config: EncodeConfig) -> dict[str, dict[str, str]]:
-    """Name and identity of the three encoders."""
+    """Name and identity of the encoders."""
     names = {part: getattr(config, part) for part in ENCODER_FILES}
     return {
         part: {"name": name, "sha256": identity(find_encoder(name, part), part)}
         for part, name in names.items()
+        if name is not None
     }
 
 
@@ -346,6 +363,24 @@ def load_encoder(encoder_class: Any, name: str, part: str, dtype: str) -> Any:
     if gaps := sorted([*info["missing_keys"], *info["mismatched_keys"]]):
         raise ValueError(f"{part} must be whole, but {name} lacks {len(gaps)} tensors, such as {gaps[0]}")
     return encoder.eval().requires_grad_(False)
+
+
+def load_vae(config: EncodeConfig) -> AutoencoderKL:
+    """The autoencoder that a configuration names."""
+    assert config.vae is not None
+    return load_encoder(AutoencoderKL, config.vae, "vae", config.vae_dtype)
+
+
+def load_text_parts(config: EncodeConfig, device: torch.device) -> dict[str, Any]:
+    """The tokenizer and the text encoder that a configuration names, as a pipeline takes them."""
+    assert config.text_encoder is not None
+    assert config.tokenizer is not None
+    tokenizer = AutoTokenizer.from_pretrained(find_encoder(config.tokenizer, "tokenizer"))
+    kind = AutoConfig.from_pretrained(find_encoder(config.text_encoder, "text_encoder")).model_type
+    # Of a network that goes on with a text the states are read, which is no text encoding to transformers.
+    encoder_class = AutoModel if kind in DECODERS else AutoModelForTextEncoding
+    encoder = load_encoder(encoder_class, config.text_encoder, "text_encoder", config.text_encoder_dtype)
+    return {"tokenizer": tokenizer, "text_encoder": encoder.to(device)}
 
 
 def _key(*made_from: Any) -> str:
@@ -391,7 +426,7 @@ class ImageWorker:
 
     def __init__(self, config: EncodeConfig, source: Source, device: torch.device):
         self.config, self.source, self.device = config, source, device
-        self.vae = load_encoder(AutoencoderKL, config.vae, "vae", config.vae_dtype).to(device)
+        self.vae = load_vae(config).to(device)
         self.threads = ThreadPoolExecutor(config.num_workers)
 
     def make(self, piece: Piece, progress: Callable[[int], Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -470,7 +505,8 @@ class _Failed:
 
 
 class TextWorker:
-    """Makes the features of captions, by the pipeline's own `encode_prompt`.
+    """Makes the features of captions, by the pipeline's own `encode_prompt`. Without a text encoder, keeps
+    the captions.
 
     The shard of a piece holds
 
@@ -478,47 +514,70 @@ class TextWorker:
         tokens     (captions,) int32, how many of them each caption has
         weights    (captions,) float32
         captions   (pictures,) int32, how many captions each picture has
-        empty      (T, K), the features of ""
+        empty      (T, K), the features of no caption
+
+    and, without a text encoder, instead of the first, the second and the last of these
+
+        texts      (bytes,) uint8, a JSON list of all captions
     """
 
     def __init__(self, config: EncodeConfig, source: Source, device: torch.device):
-        self.config, self.source, self.device = config, source, device
-        self.pipeline = local_dit.LocalDiTPipeline(
-            tokenizer=AutoTokenizer.from_pretrained(find_encoder(config.tokenizer, "tokenizer")),
-            text_encoder=load_encoder(
-                T5EncoderModel, config.text_encoder, "text_encoder", config.text_encoder_dtype
-            ).to(device),
-        )
+        self.config, self.source = config, source
+        self.pipeline = None
+        if config.text_encoder:
+            self.pipeline = find_pipeline(config.pipeline)(**load_text_parts(config, device))
 
     def make(self, piece: Piece, progress: Callable[[int], Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         chosen = [choose_captions(self.source.record(i), self.config) for i in range(piece.start, piece.stop)]
         captions = [caption for captions in chosen for caption in captions]
-        features = []
-        with counted_cuts() as cuts:
-            for batch in batched(captions, self.config.batch_size):
-                features += self.features([text for text, _ in batch])
         tensors = {
-            "features": torch.cat(features),
-            "tokens": torch.tensor([len(x) for x in features], dtype=torch.int32),
             "weights": torch.tensor([weight for _, weight in captions], dtype=torch.float32),
             "captions": torch.tensor([len(captions) for captions in chosen], dtype=torch.int32),
-            "empty": self.features([""])[0],
         }
+        with counted_cuts(self.pipeline) as cuts:
+            if self.pipeline is None:
+                texts = json.dumps([text for text, _ in captions]).encode()
+                tensors["texts"] = torch.frombuffer(bytearray(texts), dtype=torch.uint8)
+            else:
+                features = []
+                for batch in batched(captions, self.config.batch_size):
+                    features += self.features([text for text, _ in batch])
+                tensors["features"] = torch.cat(features)
+                tensors["tokens"] = torch.tensor([len(x) for x in features], dtype=torch.int32)
+                tensors["empty"] = self.kept(*no_text(self.pipeline, self.config.max_sequence_length))[0]
         progress(len(piece))
         return tensors, {"cut_captions": cuts.count, "gaps": False}
 
     def features(self, texts: list[str]) -> list[Tensor]:
         """The features of each text's own tokens, (T, K)."""
-        encoded: tuple[Any, ...] = self.pipeline.encode_prompt(
-            texts,
-            do_classifier_free_guidance=False,
-            device=self.device,
-            max_sequence_length=self.config.max_sequence_length,
-        )
-        embeds, mask, *_ = encoded
+        return self.kept(*text_features(self.pipeline, texts, self.config.max_sequence_length))
+
+    def kept(self, embeds: Tensor, mask: Tensor) -> list[Tensor]:
         embeds = embeds.to(getattr(torch, self.config.dtype))
         require_finite(embeds, "the text encoder", "keep them in bfloat16 (dtype: bfloat16)")
-        return [x[keep].cpu() for x, keep in zip(embeds, mask.bool())]
+        return [x[keep].cpu() for x, keep in zip(embeds, mask)]
+
+
+def text_features(pipeline: Any, texts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
+    """What a pipeline makes of texts, (B, T, K), and which tokens its transformer is to read, (B, T) bool."""
+    encoded = pipeline.encode_prompt(
+        texts, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+    )
+    return _with_mask(*encoded[: len(encoded) // 2])
+
+
+def no_text(pipeline: Any, max_sequence_length: int) -> tuple[Tensor, Tensor]:
+    """What a pipeline puts in the place of a caption that is left out, (1, T, K), and its mask (1, T): that
+    of a negative prompt that is not given."""
+    encoded = pipeline.encode_prompt([""], max_sequence_length=max_sequence_length)
+    return _with_mask(*encoded[len(encoded) // 2 :])
+
+
+def _with_mask(embeds: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Pipelines that give no mask have their transformers read the padding too."""
+    if mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    return embeds, mask.bool()
 
 
 WORKERS: dict[Kind, type[Worker]] = {"images": ImageWorker, "text": TextWorker}
@@ -617,14 +676,14 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def counted_cuts() -> Iterator["_Count"]:
-    """Count the warnings of texts that are cut to fit, in place of printing each."""
-    count = _Count()
-    local_dit.logger.addFilter(count)
+def counted_cuts(pipeline: Any) -> Iterator["_Count"]:
+    """Count a pipeline's warnings of texts that are cut to fit, in place of printing each."""
+    count, logger = _Count(), logging.getLogger(type(pipeline).__module__)
+    logger.addFilter(count)
     try:
         yield count
     finally:
-        local_dit.logger.removeFilter(count)
+        logger.removeFilter(count)
 
 
 class _Count(logging.Filter):

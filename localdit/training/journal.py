@@ -79,13 +79,13 @@ class Journal:
                 f"({self.options.max_bad_fraction}): see {path}"
             )
 
-    def steps(self, step: int, norm: float, rate: float, speed: dict[str, float]) -> None:
-        """Write the line of the steps up to this one."""
+    def steps(self, step: int, norm: float, rate: float, figures: dict[str, float]) -> None:
+        """Write the line of the steps up to this one, with more figures."""
         loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
         self.losses.clear()
         self.bar.set_postfix(loss=f"{loss:.4f}")
         line = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "skipped_steps": self.skipped}
-        self._write(step, {**line, **speed})
+        self._write(step, {**line, **figures})
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         """Write a line of validation losses."""

@@ -6,7 +6,6 @@ first half of the network is told what to find out, instead of having to guess i
 here the target is the scene itself, not the features of another network.
 """
 
-import re
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localdit.data.samples import Samples
-from localdit.data.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, scene
+from localdit.data.scenes import BACKGROUNDS, COLORS, SHAPES, Scene
+from localdit.data.sources import Scenes
 
 # B batch   N tokens   D width
 
@@ -47,17 +47,16 @@ def layout_of(described: Scene, grid: int) -> tuple[Tensor, Tensor]:
 class WithLayouts(Samples):
     """Samples of drawn scenes, each with its layout: also {"labels": (grid², 3), "places": (grid², 3)}.
 
-    Raises:
-        ValueError: The samples are no scenes.
+    Args:
+        whole: The samples.
+        source: The scenes that they show.
+        grid: Side of the layouts.
     """
 
-    def __init__(self, whole: Samples, seed: int, grid: int):
+    def __init__(self, whole: Samples, source: Scenes, grid: int):
         self.whole, self.groups, self.shards = whole, whole.groups, whole.shards
-        layouts = []
-        for index in range(len(whole)):
-            if not (match := re.fullmatch(r"scene-(\d+)", whole.name(index))):
-                raise ValueError(f"layout_weight is for a source of scenes, got {whole.name(index)!r}")
-            layouts.append(layout_of(scene(int(match[1]), seed=seed), grid))
+        numbers = (int(whole.name(index).removeprefix("scene-")) for index in range(len(whole)))
+        layouts = [layout_of(source.scene(number), grid) for number in numbers]
         self.labels, self.places = (torch.stack(part) for part in zip(*layouts))
 
     def __len__(self) -> int:

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
@@ -23,12 +22,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-import localdit
 from localdit.data.images import BadSample
 from localdit.data.samples import Samples
 from localdit.files import locked, staged_folder
 from localdit.training import text_encoder
 from localdit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from localdit.training.classes import find_class
 from localdit.training.config import Config, LoraConfig, TrainConfig
 from localdit.training.journal import Journal
 from localdit.training.objectives import build_objective
@@ -137,7 +136,8 @@ def train(config: Config, resume: str = "auto") -> Path:
             done = step + 1
 
             if done % options.log_every == 0 or done == options.max_steps:
-                journal.steps(done, norm, rate(step), throughput.report(world))
+                figures = {**throughput.report(world), **objective.report(bare_model)}
+                journal.steps(done, norm, rate(step), figures)
             stopping = stop.anywhere(accelerator)
             failing = skipped_in_a_row > options.max_skipped_steps
             if done % options.save_every == 0 or done == options.max_steps or stopping:
@@ -187,22 +187,18 @@ def starting_model(config: Config) -> Any:
 
 
 def build_model(values: dict[str, Any]) -> Any:
-    """The model that `_class_name` says, ours or diffusers', with the other values as its config, strictly.
+    """The model that `_class_name` says (see `find_class`), with the other values as its config, strictly.
 
     Raises:
         ValueError: An unknown class or an unknown config field.
     """
     name = values.get("_class_name", "")
-    for home in (localdit, text_encoder, diffusers):
-        if name and (model_class := getattr(home, name, None)) is not None:
-            break
-    else:
-        raise ValueError(f"model._class_name must name a model of localdit or diffusers, got {name!r}")
+    model_class = find_class("model._class_name", name, text_encoder)
     fields = {key: value for key, value in values.items() if key != "_class_name"}
     known = model_class._get_init_keys(model_class) - {"self"}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"unknown key model.{unknown[0]}; {name} knows {', '.join(sorted(known))}")
-    return model_class.from_config({**fields, "_class_name": name})
+    return model_class.from_config({**fields, "_class_name": model_class.__name__})
 
 
 def start_from(model: Any, source: str, values: dict[str, Any]) -> None:

@@ -34,6 +34,9 @@ class Objective(Protocol):
         Every process calls it and gets the same.
         """
 
+    def report(self, model: Any) -> dict[str, float]:
+        """What the log should say besides the loss, of the steps since the last report."""
+
     def preview(self, model: Any, stop: StopRequest) -> Image.Image | None:
         """Show what the model can do; None where that is nothing to see, or when asked to stop."""
 

@@ -285,6 +285,10 @@ class SceneParsing:
         """Nothing is measured."""
         return {}
 
+    def report(self, model: Any) -> dict[str, float]:
+        """Nothing more than the loss."""
+        return {}
+
     def preview(self, model: nn.Module, stop: Any) -> None:
         """There is no picture to show."""
 

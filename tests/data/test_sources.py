@@ -28,7 +28,7 @@ from PIL import ExifTags, Image
 from localdit.data import index as index_module
 from localdit.data.images import BadSample, decode_image
 from localdit.data.records import MAX_CAPTION_BYTES
-from localdit.data.scenes import captions, detect, scene
+from localdit.data.scenes import COLORS, SHAPES, captions, detect, scene
 from localdit.data.shards import ShardCache
 from localdit.data.sources import Bad, Source, open_source
 
@@ -946,6 +946,33 @@ def test_a_dataset_without_what_is_asked_for_is_refused(opened, parquet, fields,
 # --- Scenes, and the description of sources -----------------------------------------------------------------
 
 
+def test_scenes_of_one_object_are_captioned_by_their_class():
+    """What a picture shows is what its caption says, and all 48 classes come up."""
+    source = open_source({"kind": "scene_classes", "count": 600, "seed": 3, "size": 64})
+    for i in random.sample(range(600), 20):
+        (found,) = detect(decode_image(source.read(i))).objects
+        assert source.record(i).captions == (f"{found.color} {found.shape}",)
+    assert len({source.record(i).captions for i in range(600)}) == len(COLORS) * len(SHAPES)
+    assert len({source.record(i).digest for i in range(600)}) == 600
+
+
+def test_a_folder_of_classes_has_the_name_of_the_folder_for_a_caption(opened, folder, scans):
+    put(folder, "n01440764/a.png", "n01440764/deeper/b.png", "n02/c.png", "top.png", caption="not read")
+    write(folder / "captions.jsonl", "{}")
+    source = opened({"kind": "folder", "path": str(folder), "classes": True})
+    assert all_captions(source) == {
+        "n01440764/a.png": ("n01440764",),
+        "n01440764/deeper/b.png": ("n01440764",),
+        "n02/c.png": ("n02",),
+    }
+    assert reasons(source) == {"top.png": "is in no folder of a class"}
+    scans.clear()
+    (folder / "captions.jsonl").unlink()
+    assert opened(str(folder)).record(0).captions == ("not read",)  # an index of its own
+    opened({"kind": "folder", "path": str(folder), "classes": True})
+    assert len(scans) == 4  # of the plain folder; the other is not read again
+
+
 def test_scenes_are_a_source():
     source = open_source({"kind": "scenes", "count": 30, "seed": 5, "size": 96})
     assert (len(source), source.sizes.tolist(), list(source.bad), source.shards) == (
@@ -979,8 +1006,8 @@ def test_scenes_are_a_source():
         ({"kind": "scenes", "count": True}, "count must be a whole number above 0"),
         ({"kind": "scenes", "number": 3}, "a source of kind scenes: "),
         ({"kind": "folder"}, "a source of kind folder: missing a required argument: 'path'"),
-        ({"kind": "zip", "path": "x"}, "kind must be folder, shards, hf or scenes, got 'zip'"),
-        ({"path": "x"}, "kind must be folder, shards, hf or scenes, got None"),
+        ({"kind": "zip", "path": "x"}, "kind must be folder, shards, hf, scenes or scene_classes, got 'zip'"),
+        ({"path": "x"}, "kind must be folder, shards, hf, scenes or scene_classes, got None"),
         ("s4://bucket/a.tar", "s4://bucket/a.tar: no gopen handler"),
     ],
 )

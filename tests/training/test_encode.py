@@ -28,7 +28,9 @@ from localdit.data.buckets import bucket_sizes
 from localdit.data.cache import SHARD, open_cache, verify
 from localdit.data.images import BadSample
 from localdit.data.records import Bad, Record
+from localdit.data.sources import open_source
 from localdit.pipelines.local_dit import LocalDiTPipeline
+from localdit.pipelines.sparse_dit import SparseDiTPipeline
 from localdit.training import encode as module
 from localdit.training.config import load_config
 from localdit.training.encode import EncodeConfig, choose_captions, encode, find_encoder, identity, plan
@@ -421,12 +423,16 @@ def test_a_run_that_is_asked_to_stop_stops_between_two_shards_and_goes_on_later(
     whole = bytes_of(config)
     shards = [name for name in whole if SHARD.fullmatch(name)]
     config = dataclasses.replace(config, cache=config.cache + "-stopped")
+    pieces = len(shards) // 2  # each is asked about before the first shard is made
+    with pytest.raises(Stopped, match="run the same again to begin"):
+        encode(config, Accelerator(), After(pieces - 1))
+    assert not list(Path(config.cache).glob("*.safetensors"))
     for done in range(1, len(shards)):
         with pytest.raises(Stopped, match="run the same again to go on"):
-            encode(config, Accelerator(), After(0))
+            encode(config, Accelerator(), After(pieces))
         assert len(made_of(config)) == done
         assert not Path(config.cache, "index.json").exists()
-    encode(config, Accelerator(), After(1))
+    encode(config, Accelerator(), After(pieces + 1))
     assert bytes_of(config) == whole
 
 
@@ -606,3 +612,60 @@ def test_an_encoder_that_lacks_weights_is_refused(config, encoders, tmp_path):
         ValueError, match=f"vae must be whole, but .* lacks 1 tensors, such as {re.escape(name)}"
     ):
         fill(dataclasses.replace(config, vae=str(tmp_path / "vae")))
+
+
+def test_without_a_text_encoder_captions_are_kept_as_they_are(config):
+    config = dataclasses.replace(config, text_encoder=None, tokenizer=None)
+    fill(config)
+    cache = open_cache(config.cache, seed=1)
+    source = open_source(config.source, index=Path(config.cache) / "source")
+    drawn = {index: {cache[index, position]["caption"] for position in range(60)} for index in range(9)}
+    by_name = {source.record(i).name: set(source.record(i).captions) for i in range(9)}
+    assert {cache.name(index): texts for index, texts in drawn.items()} == by_name
+    first = [index for index in range(9) if cache.groups[index] == cache.groups[0]]
+    batch = cache.collate([cache[index, 0] for index in first])
+    assert batch["moments"].shape[0] == len(batch["caption"]) == len(first)
+    assert cache.empty_text is None
+    before = made_of(config)
+    fill(config)
+    assert made_of(config) == before
+    fill(dataclasses.replace(config, seed=3, max_sequence_length=9))  # which say nothing of captions
+    assert made_of(config) == before
+    (Path(config.source) / "00.txt").write_text("another caption")
+    fill(config)
+    cache = open_cache(config.cache)
+    assert "another caption" in {cache[i, 0]["caption"] for i in range(9)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_encoder": None}, "text_encoder and tokenizer must be given together or not at all"),
+        ({"vae": None}, "vae must name an autoencoder: of pixels there is nothing to encode ahead"),
+        ({"pipeline": "NoPipeline"}, "pipeline must be .*, got 'NoPipeline'"),
+        ({"pipeline": "pathlib.Path"}, "pipeline must be .*, got 'pathlib.Path'"),
+    ],
+)
+def test_parts_that_cannot_encode_are_refused(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        fill(dataclasses.replace(config, **options))
+
+
+def test_the_features_are_those_of_the_pipeline_that_is_named(config):
+    """SparseDiT's pipeline pads with 0 and has its transformer read the padding; no caption is zeros."""
+    config = dataclasses.replace(config, pipeline="SparseDiTPipeline", max_sequence_length=16)
+    fill(config)
+    cache = open_cache(config.cache)
+    pipeline = SparseDiTPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(config.tokenizer),
+        text_encoder=T5EncoderModel.from_pretrained(config.text_encoder),
+    )
+    source = open_source(config.source, index=Path(config.cache) / "source")
+    captions = {source.record(i).name: source.record(i).captions for i in range(9)}
+    alone = next(index for index in range(9) if len(captions[cache.name(index)]) == 1)
+    expected, _ = pipeline.encode_prompt(list(captions[cache.name(alone)]), max_sequence_length=16)
+    item = cache[alone, 0]
+    assert item["text"].shape == (16, 12)
+    assert item["text_mask"].all()
+    torch.testing.assert_close(item["text"], expected[0], atol=2e-3, rtol=2e-3)  # kept in float16
+    assert torch.equal(cache.empty_text, torch.zeros(16, 12))
