@@ -843,12 +843,7 @@ class LocalDiTTransformer2DModel(
                     "given to encode_text"
                 )
         else:
-            check_caption(text, text_mask, self.config.caption_channels)
-            if len(text) != batch:
-                raise ValueError(
-                    f"encoder_hidden_states has batch {len(text)}, hidden_states has batch {batch}; "
-                    "repeat the text"
-                )
+            check_caption(text, text_mask, config.caption_channels, batch)
 
         check_timestep(timestep, batch)
 

@@ -24,6 +24,7 @@ from localdit.models.pixeldit import (
     swiglu,
     unpatchify,
 )
+from localdit.models.strict import check_caption
 
 # B batch   C channels   H W image   p patch   N patches   P = p*p pixels of a patch   T text tokens
 # D width   A heads   d = D/A head width
@@ -247,9 +248,14 @@ class PixelDiTTextTransformer2DModel(PixelDiTBase):
             ValueError: for arguments that do not fit the model or each other.
         """
         self._check_shared_inputs(hidden_states, timestep, return_hidden_state_of, attention_kwargs)
-        self._check_text(encoder_hidden_states, encoder_attention_mask, len(hidden_states))
-        height, width = hidden_states.shape[2:]
+        batch, _, height, width = hidden_states.shape
+        check_caption(encoder_hidden_states, encoder_attention_mask, self.config.caption_channels, batch)
         patch, tokens = self.config.patch_size, encoder_hidden_states.shape[1]
+        if not 1 <= tokens <= self.config.max_text_tokens:
+            raise ValueError(
+                f"encoder_hidden_states must be of 1 to {self.config.max_text_tokens} tokens, "
+                f"got {tuple(encoder_hidden_states.shape)}"
+            )
         geometry = self._geometry(hidden_states, tokens)
 
         # 1. Patches, time and text.
@@ -277,21 +283,3 @@ class PixelDiTTextTransformer2DModel(PixelDiTBase):
         if return_dict:
             return PixelDiTOutput(sample=sample, hidden_state=hidden_state)
         return (sample,) if hidden_state is None else (sample, hidden_state)
-
-    def _check_text(self, text: Tensor, mask: Tensor | None, batch: int) -> None:
-        width, most = self.config.caption_channels, self.config.max_text_tokens
-        if text.ndim != 3 or text.shape[2] != width or not 1 <= text.shape[1] <= most:
-            raise ValueError(
-                f"encoder_hidden_states must be (batch, tokens, {width}) of 1 to {most} tokens, "
-                f"got {tuple(text.shape)}"
-            )
-        if len(text) != batch:
-            raise ValueError(
-                f"encoder_hidden_states has batch {len(text)}, hidden_states has batch {batch}; "
-                "repeat the text"
-            )
-        if mask is not None and mask.shape != text.shape[:2]:
-            raise ValueError(
-                f"encoder_attention_mask must be {tuple(text.shape[:2])} like encoder_hidden_states, "
-                f"got {tuple(mask.shape)}"
-            )

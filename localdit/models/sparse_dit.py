@@ -925,12 +925,7 @@ class SparseDiTTransformer2DModel(
                     "given to encode_text"
                 )
         else:
-            check_caption(text, text_mask, self.config.caption_channels)
-            if len(text) != batch:
-                raise ValueError(
-                    f"encoder_hidden_states has batch {len(text)}, hidden_states has batch {batch}; "
-                    "repeat the text"
-                )
+            check_caption(text, text_mask, config.caption_channels, batch)
 
         check_timestep(timestep, batch)
 

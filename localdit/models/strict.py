@@ -158,11 +158,16 @@ def check_timestep(timestep: Tensor | float, batch: int) -> None:
         raise ValueError(f"timestep must be a scalar or ({batch},), got {tuple(timestep.shape)}")
 
 
-def check_caption(text: Tensor, mask: Tensor | None, channels: int) -> None:
-    """Raise ValueError unless text features are (B, T, channels), and their mask (B, T)."""
+def check_caption(text: Tensor, mask: Tensor | None, channels: int, batch: int | None = None) -> None:
+    """Raise ValueError unless text features are (B, T, channels), with B the batch of the sample if there is
+    one, and their mask (B, T)."""
     if text.ndim != 3 or text.shape[2] != channels:
         raise ValueError(
             f"encoder_hidden_states must be (batch, tokens, {channels}), got {tuple(text.shape)}"
+        )
+    if batch is not None and len(text) != batch:
+        raise ValueError(
+            f"encoder_hidden_states has batch {len(text)}, hidden_states has batch {batch}; repeat the text"
         )
     if mask is not None and mask.shape != text.shape[:2]:
         raise ValueError(
