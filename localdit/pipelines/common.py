@@ -1,16 +1,17 @@
-"""What pipelines share: checked arguments, pictures as tensors, the times of schedulers, callbacks, LoRA, a
-watch for NaN."""
+"""What pipelines share: how a call begins, checked arguments, pictures as tensors, the times of schedulers,
+callbacks, LoRA, a watch for NaN."""
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, Union
+from typing import Any, ClassVar, TypeAlias, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
@@ -114,59 +115,17 @@ def check_prompts(
     return prompts
 
 
-def check_call(
-    *,
-    batch: int,
-    height: int,
-    width: int,
-    multiple: int,
-    latent_shape: tuple[int, ...],
-    counts: Mapping[str, int],
-    shares: Mapping[str, float],
-    generator: torch.Generator | list[torch.Generator] | None,
-    latents: Tensor | None,
-    output_type: str,
-    callback_tensor_inputs: Sequence[str],
-    known_tensor_inputs: Sequence[str],
-) -> None:
-    """Raise ValueError for arguments of any pipeline's `__call__` that cannot work.
+def check_eta(eta: float, scheduler: Any) -> None:
+    """Raise ValueError if the scheduler is to add DDIM's share of noise, and takes none."""
+    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"eta must be 0 with {type(scheduler).__name__}, which takes none, got {eta}")
 
-    Args:
-        batch: Pictures that there will be.
-        height, width: In pixels.
-        multiple: What they must be multiples of.
-        latent_shape: Shape of the noise.
-        counts: Numbers by argument, which must be at least 1.
-        shares: Numbers by argument, which must be from 0 to 1.
-        known_tensor_inputs: What may stand in `callback_on_step_end_tensor_inputs`.
-    """
-    for name, size in (("height", height), ("width", width)):
-        if size < 1 or size % multiple:
-            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {size}")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {share}")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-    unknown = set(callback_tensor_inputs) - set(known_tensor_inputs)
-    if unknown:
-        raise ValueError(
-            f"callback_on_step_end_tensor_inputs must be among {known_tensor_inputs}, got {sorted(unknown)}"
-        )
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(
-            f"generator must be one or a list of {batch}, one for each picture, got {len(generator)}"
-        )
-    if latents is not None and (
-        latents.shape != latent_shape or not latents.is_floating_point() or not latents.isfinite().all()
-    ):
-        raise ValueError(
-            f"latents must be finite floating point numbers of shape {latent_shape}, "
-            f"got {latents.dtype} of shape {tuple(latents.shape)}"
-        )
+
+def tensor_inputs(callback: Callable[..., Any] | None, names: Sequence[str]) -> Sequence[str]:
+    """Names of the tensors that a callback is given: diffusers' callback objects say theirs."""
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        return callback.tensor_inputs
+    return names
 
 
 def label_names(id2label: Mapping[Any, str] | None) -> dict[str, int]:
@@ -435,12 +394,162 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     return pixels
 
 
-class LatentsMixin:
+class DenoisingMixin:
+    """How a call begins, what it takes, and what callbacks and tools of diffusers read off it meanwhile.
+
+    The pipeline works on pixels, unless `LatentsMixin` says otherwise.
+    """
+
+    transformer: Any
+    scheduler: Any
+    _callback_tensor_inputs: ClassVar[list[str]]
+    _guidance_scale = 1.0
+    _attention_kwargs: dict[str, Any] | None = None
+    _num_timesteps = 0
+    _current_timestep: Tensor | None = None
+    _interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback sets `pipe._interrupt = True` to stop after its step, with what there is then."""
+        return self._interrupt
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent, along a side."""
+        return 1
+
+    def get_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
+        """The times and the number of the last int(num_inference_steps * strength) steps, where the scheduler
+        is set to begin."""
+        steps = int(num_inference_steps * strength)
+        begin = (num_inference_steps - steps) * getattr(self.scheduler, "order", 1)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        return self.scheduler.timesteps[begin:], steps
+
+    def scale_model_input(self, latents: Tensor, t: Tensor) -> Tensor:
+        """The latents as the transformer is given them at the time t, which few schedulers change."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return latents if scale is None else scale(latents, t)
+
+    @property
+    def _size_multiple(self) -> int:
+        """Pixels to a token, along a side."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def _begin(self, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> None:
+        """Refuse to denoise without the parts for it, and set what the properties show."""
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be loaded to make a picture, got None")
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._interrupt = False
+
+    def _read_images(
+        self, image: ImageInput | None, height: int | None, width: int | None
+    ) -> tuple[list[Tensor], int, int]:
+        """The images to start from, and height and width in pixels: as given, else the images', rounded down,
+        else what the transformer was made for."""
+        images = [] if image is None else read_images(image, self.transformer.config.in_channels)
+        if height is None or width is None:
+            own_height = own_width = self.transformer.config.sample_size * self.vae_scale_factor
+            if images:
+                pixels = 1 if is_picture(images[0]) else self.vae_scale_factor
+                sizes = image_size(images, self._size_multiple // pixels)
+                own_height, own_width = (size * pixels for size in sizes)
+            height = own_height if height is None else height
+            width = own_width if width is None else width
+        return images, height, width
+
+    def _check_call(
+        self,
+        *,
+        conditions: int,
+        batch: int,
+        height: int,
+        width: int,
+        images: list[Tensor],
+        counts: Mapping[str, int],
+        shares: Mapping[str, float],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        callback_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raise ValueError for arguments of any pipeline's `__call__` that cannot work.
+
+        Args:
+            conditions: Prompts or labels.
+            batch: Pictures that there will be.
+            height, width: In pixels.
+            images: As `_read_images` gives them.
+            counts: Numbers by argument, which must be at least 1.
+            shares: Numbers by argument, which must be from 0 to 1.
+        """
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % self._size_multiple:
+                raise ValueError(f"{name} must be a positive multiple of {self._size_multiple}, got {size}")
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        if unknown := set(callback_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
+                f"got {sorted(unknown)}"
+            )
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(
+                f"generator must be one or a list of {batch}, one for each picture, got {len(generator)}"
+            )
+        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
+        shape = (batch, self.transformer.config.in_channels, *latent_size)
+        if latents is not None and (
+            latents.shape != shape or not latents.is_floating_point() or not latents.isfinite().all()
+        ):
+            raise ValueError(
+                f"latents must be finite floating point numbers of shape {shape}, "
+                f"got {latents.dtype} of shape {tuple(latents.shape)}"
+            )
+        if images:
+            check_images(images, conditions, latent_size)
+
+    def _step_kwargs(self, **given: Any) -> dict[str, Any]:
+        """Of what a step of a scheduler may be given, that which this scheduler's takes."""
+        taken = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in given.items() if name in taken}
+
+
+class LatentsMixin(DenoisingMixin):
     """Pictures to latents, where denoising begins, and back, for a pipeline with a `vae` that may be None."""
 
     vae: Any
-    transformer: Any
-    scheduler: Any
     image_processor: Any
 
     @property
@@ -503,63 +612,12 @@ class LatentsMixin:
             return self.scheduler.scale_noise(image_latents, first, noise)
         return self.scheduler.add_noise(image_latents, noise, first)
 
-    @property
-    def _size_multiple(self) -> int:
-        """Pixels to a token, along a side."""
-        return self.vae_scale_factor * self.transformer.config.patch_size
-
-    def _default_size(self, images: list[Tensor]) -> tuple[int, int]:
-        """Height and width in pixels: the images', rounded down, or what the transformer was made for."""
-        if not images:
-            return (self.transformer.config.sample_size * self.vae_scale_factor,) * 2
-        pixels = 1 if is_picture(images[0]) else self.vae_scale_factor
-        height, width = image_size(images, self._size_multiple // pixels)
-        return height * pixels, width * pixels
-
-
-class DenoisingMixin:
-    """What callbacks and tools of diffusers read off a pipeline while it denoises, and where it begins."""
-
-    scheduler: Any
-    _guidance_scale = 1.0
-    _attention_kwargs: dict[str, Any] | None = None
-    _num_timesteps = 0
-    _current_timestep: Tensor | None = None
-    _interrupt = False
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        return self._attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback sets `pipe._interrupt = True` to stop after its step, with what there is then."""
-        return self._interrupt
-
-    def get_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
-        """The times and the number of the last int(num_inference_steps * strength) steps, where the scheduler
-        is set to begin."""
-        steps = int(num_inference_steps * strength)
-        begin = (num_inference_steps - steps) * getattr(self.scheduler, "order", 1)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(begin)
-        return self.scheduler.timesteps[begin:], steps
+    def _check_vae(self, images: list[Tensor], output_type: str) -> None:
+        """Raise ValueError for pictures in or out without a vae."""
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f"output_type must be 'latent' without a vae, got {output_type!r}")
+        if self.vae is None and images and is_picture(images[0]):
+            raise ValueError("image must be latents without a vae, got pictures")
 
 
 class TransformerLoraMixin(SanaLoraLoaderMixin):

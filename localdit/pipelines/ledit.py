@@ -1,36 +1,31 @@
 """LEDiTPipeline: class labels to pictures of any size, and image to image, with `LEDiTTransformer2DModel`."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from localdit.models.ledit import LEDiTTransformer2DModel
 from localdit.pipelines.common import (
-    DenoisingMixin,
     ImageInput,
     LatentsMixin,
     SafetensorsMixin,
     TransformerLoraMixin,
-    check_call,
-    check_images,
-    is_picture,
+    check_eta,
     label_names,
-    read_images,
     read_labels,
     require_finite,
     set_timesteps,
+    tensor_inputs,
 )
 
 # B pictures (labels x pictures of each)   C latent channels   H W latent
 
 
-class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, LatentsMixin, DenoisingMixin):
+class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, LatentsMixin):
     """Class labels to pictures, and image to image where `image` is given.
 
     The vae may be None in calls with latents in and out.
@@ -132,20 +127,12 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, L
             NonFiniteError: Where a model gives NaN or infinity.
         """
         # 1. Refuse what cannot work.
-        for name in ("transformer", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} must be loaded to make a picture, got None")
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._interrupt = False
+        self._begin(guidance_scale, attention_kwargs)
+        callback_on_step_end_tensor_inputs = tensor_inputs(
+            callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        images, height, width = self._read_images(image, height, width)
         config, device = self.transformer.config, self._execution_device
-        images = [] if image is None else read_images(image, config.in_channels)
-        if height is None or width is None:
-            own_height, own_width = self._default_size(images)
-            height = own_height if height is None else height
-            width = own_width if width is None else width
         listed = read_labels(class_labels, self.labels, config.num_classes)
         batch = self.check_inputs(
             labels=len(listed),
@@ -179,17 +166,15 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, L
         latents = self.prepare_latents(batch, height, width, times, device, generator, latents, image_latents)
 
         # 4. Denoise. Outside the transformer everything is float32.
-        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
         order = getattr(self.scheduler, "order", 1)
-        taken = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in taken}
+        step_kwargs = self._step_kwargs(eta=eta, generator=generator)
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(times):
                 if self.interrupt:
                     break
                 self._current_timestep = t
                 guided = self.do_classifier_free_guidance
-                x, rows = scale_model_input(latents, t), labels
+                x, rows = self.scale_model_input(latents, t), labels
                 if guided:  # (2B, C, H, W), without the label first
                     x, rows = torch.cat((x, x)), torch.cat((torch.full_like(rows, config.num_classes), rows))
                 with self.transformer.cache_context("cond_uncond" if guided else "cond"):
@@ -250,33 +235,23 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, L
         """
         channels = self.transformer.config.in_channels
         batch = labels * num_images_per_label
-        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
-        check_call(
+        self._check_call(
+            conditions=labels,
             batch=batch,
             height=height,
             width=width,
-            multiple=self._size_multiple,
-            latent_shape=(batch, channels, *latent_size),
+            images=images,
             counts={"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label},
             shares={"strength": strength, "eta": eta},
             generator=generator,
             latents=latents,
             output_type=output_type,
             callback_tensor_inputs=callback_on_step_end_tensor_inputs,
-            known_tensor_inputs=self._callback_tensor_inputs,
         )
-        if images:
-            check_images(images, labels, latent_size)
-        if self.vae is None and output_type != "latent":
-            raise ValueError(f"output_type must be 'latent' without a vae, got {output_type!r}")
-        if self.vae is None and images and is_picture(images[0]):
-            raise ValueError("image must be latents without a vae, got pictures")
+        self._check_vae(images, output_type)
         if guidance_channels is not None and guidance_channels not in range(1, channels + 1):
             raise ValueError(f"guidance_channels must be 1 to {channels} or None, got {guidance_channels}")
-        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
-            raise ValueError(
-                f"eta must be 0 with {type(self.scheduler).__name__}, which takes none, got {eta}"
-            )
+        check_eta(eta, self.scheduler)
         return batch
 
     def _uses_variance(self) -> bool:

@@ -1,34 +1,29 @@
 """LocalDiTPipeline: text to image and image to image with `LocalDiTTransformer2DModel`, in one class."""
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from localdit.models.local_dit import LocalDiTTransformer2DModel
 from localdit.pipelines.common import (
-    DenoisingMixin,
     ImageInput,
     LatentsMixin,
     SafetensorsMixin,
     TransformerLoraMixin,
     changed_text,
-    check_call,
-    check_images,
+    check_eta,
     check_prompts,
     check_text_mask,
-    is_picture,
     lost_words,
-    read_images,
     require_finite,
     set_timesteps,
+    tensor_inputs,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,9 +38,7 @@ TEXT_TENSORS = (
 )
 
 
-class LocalDiTPipeline(
-    SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, DenoisingMixin, LatentsMixin
-):
+class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, LatentsMixin):
     """Text to image, and image to image where `image` is given.
 
     A component may be None in calls that do without it: tokenizer and text_encoder with embeddings in place
@@ -158,19 +151,11 @@ class LocalDiTPipeline(
             NonFiniteError: Where a model gives NaN or infinity.
         """
         # 1. Refuse what cannot work.
-        for name in ("transformer", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} must be loaded to make a picture, got None")
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._interrupt = False
-        images = [] if image is None else read_images(image, self.transformer.config.in_channels)
-        if height is None or width is None:
-            own_height, own_width = self._default_size(images)
-            height = own_height if height is None else height
-            width = own_width if width is None else width
+        self._begin(guidance_scale, attention_kwargs)
+        callback_on_step_end_tensor_inputs = tensor_inputs(
+            callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        images, height, width = self._read_images(image, height, width)
         text: dict[str, Any] = {
             "prompt_embeds": prompt_embeds,
             "prompt_attention_mask": prompt_attention_mask,
@@ -223,16 +208,14 @@ class LocalDiTPipeline(
         # 5. Denoise. Outside the transformer everything is float32.
         guided = self.do_classifier_free_guidance
         conditions = self._conditions(text, height, width, device)
-        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
         order = getattr(self.scheduler, "order", 1)
-        taken = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in taken}
+        step_kwargs = self._step_kwargs(eta=eta, generator=generator)
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(times):
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                x = scale_model_input(latents, t)
+                x = self.scale_model_input(latents, t)
                 x = torch.cat((x, x)) if guided else x  # (2B, C, H, W), negative first
                 with self.transformer.cache_context("cond_uncond" if guided else "cond"):
                     predicted = self.transformer(
@@ -311,13 +294,12 @@ class LocalDiTPipeline(
         check_text_mask("prompt", prompt_embeds, prompt_attention_mask)
         check_text_mask("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask)
         batch = prompts * num_images_per_prompt
-        latent_size = height // self.vae_scale_factor, width // self.vae_scale_factor
-        check_call(
+        self._check_call(
+            conditions=prompts,
             batch=batch,
             height=height,
             width=width,
-            multiple=self._size_multiple,
-            latent_shape=(batch, self.transformer.config.in_channels, *latent_size),
+            images=images,
             counts={
                 "num_inference_steps": num_inference_steps,
                 "num_images_per_prompt": num_images_per_prompt,
@@ -328,18 +310,9 @@ class LocalDiTPipeline(
             latents=latents,
             output_type=output_type,
             callback_tensor_inputs=callback_on_step_end_tensor_inputs,
-            known_tensor_inputs=self._callback_tensor_inputs,
         )
-        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
-            raise ValueError(
-                f"eta must be 0 with {type(self.scheduler).__name__}, which takes none, got {eta}"
-            )
-        if images:
-            check_images(images, prompts, latent_size)
-        if self.vae is None and output_type != "latent":
-            raise ValueError(f"output_type must be 'latent' without a vae, got {output_type!r}")
-        if self.vae is None and images and is_picture(images[0]):
-            raise ValueError("image must be latents without a vae, got pictures")
+        check_eta(eta, self.scheduler)
+        self._check_vae(images, output_type)
         return batch
 
     @torch.no_grad()

@@ -4,13 +4,11 @@ Here too is what the text pipeline, in `pixeldit_text.py`, shares with it: both 
 autoencoder, and both follow a flow, in which the sample at noise level σ is (1 - σ) data + σ noise.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -21,15 +19,12 @@ from localdit.pipelines.common import (
     ImageInput,
     SafetensorsMixin,
     TransformerLoraMixin,
-    check_call,
-    check_images,
-    image_size,
     label_names,
-    read_images,
     read_labels,
     require_finite,
     resize_images,
     set_timesteps,
+    tensor_inputs,
 )
 
 # B pictures   C channels, 3   H W picture   T text tokens
@@ -44,14 +39,8 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
     A subclass reads its conditions, and says what velocity its transformer predicts under them.
     """
 
-    transformer: Any
     _optional_components: ClassVar = ["transformer", "scheduler"]
     _guidance_interval = (0.0, 1.0)
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels to a latent: there is no autoencoder."""
-        return 1
 
     @property
     def guidance_interval(self) -> tuple[float, float]:
@@ -85,18 +74,14 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         condition."""
         raise NotImplementedError
 
-    def _begin(
+    def _begin_flow(
         self,
-        callback_on_step_end: Callable[..., Any] | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
         guidance_scale: float,
         guidance_interval: tuple[float, float],
         attention_kwargs: dict[str, Any] | None,
-    ) -> Sequence[str]:
-        """Check what every call needs, set what the properties show, and return the callback's tensors."""
-        for name in ("transformer", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} must be loaded to make a picture, got None")
+    ) -> None:
+        """`_begin`, with a scheduler of flow matching, and guidance in an interval alone."""
+        self._begin(guidance_scale, attention_kwargs)
         kind = self.scheduler.config.get("prediction_type", "flow_prediction")
         if kind != "flow_prediction" or not hasattr(self.scheduler, "sigmas"):
             raise ValueError(
@@ -108,42 +93,7 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
             raise ValueError(
                 f"guidance_interval must be two numbers that rise within 0 and 1, got {guidance_interval}"
             )
-        self._guidance_scale = guidance_scale
         self._guidance_interval = (low, high)
-        self._attention_kwargs = attention_kwargs
-        self._interrupt = False
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            return callback_on_step_end.tensor_inputs
-        return callback_on_step_end_tensor_inputs
-
-    def _read_images(
-        self, image: ImageInput | None, height: int | None, width: int | None
-    ) -> tuple[list[Tensor], int, int]:
-        """The pictures to start from, and height and width: as given, else theirs, else the model's."""
-        images = [] if image is None else read_images(image, self.transformer.config.in_channels)
-        if height is None or width is None:
-            own_height = own_width = self.transformer.config.sample_size
-            if images:
-                own_height, own_width = image_size(images, self.transformer.config.patch_size)
-            height = own_height if height is None else height
-            width = own_width if width is None else width
-        return images, height, width
-
-    def _check_call(
-        self, prompts: int, batch: int, height: int, width: int, images: list[Tensor], **arguments: Any
-    ) -> None:
-        """`check_call` for pixels; prompts: the texts or labels that images may be one each for."""
-        check_call(
-            batch=batch,
-            height=height,
-            width=width,
-            multiple=self.transformer.config.patch_size,
-            latent_shape=(batch, self.transformer.config.in_channels, height, width),
-            known_tensor_inputs=self._callback_tensor_inputs,
-            **arguments,
-        )
-        if images:
-            check_images(images, prompts, (height, width))
 
     def _sample(
         self,
@@ -166,7 +116,7 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         device = self._execution_device
 
         # 1. The noise levels to visit. The times of schedulers may be rounded to integers; these are not.
-        tokens = height * width // self.transformer.config.patch_size**2
+        tokens = height * width // self._size_multiple**2
         steps = set_timesteps(self.scheduler, num_inference_steps, tokens, device, sigmas=sigmas)
         times, steps = self.get_timesteps(steps, strength if images else 1.0)
         levels: list[float] = self.scheduler.sigmas.tolist()
@@ -184,9 +134,7 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         # 3. Denoise.
         low, high = self.guidance_interval
         order = getattr(self.scheduler, "order", 1)
-        step_kwargs = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            step_kwargs["generator"] = generator
+        step_kwargs = self._step_kwargs(generator=generator)
         was_guided = self.do_classifier_free_guidance
         with self.progress_bar(total=steps) as bar:
             for i, (t, sigma) in enumerate(zip(times, levels)):
@@ -310,22 +258,20 @@ class PixelDiTPipeline(PixelPipeline):
                 is called.
             NonFiniteError: Where the transformer gives NaN or infinity.
         """
-        callback_on_step_end_tensor_inputs = self._begin(
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            guidance_scale,
-            guidance_interval,
-            attention_kwargs,
+        # 1. Refuse what cannot work.
+        self._begin_flow(guidance_scale, guidance_interval, attention_kwargs)
+        callback_on_step_end_tensor_inputs = tensor_inputs(
+            callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         images, height, width = self._read_images(image, height, width)
         labels = read_labels(class_labels, self.labels, self.transformer.config.num_classes)
         batch = len(labels) * num_images_per_label
         self._check_call(
-            len(labels),
-            batch,
-            height,
-            width,
-            images,
+            conditions=len(labels),
+            batch=batch,
+            height=height,
+            width=width,
+            images=images,
             counts={"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label},
             shares={"strength": strength},
             generator=generator,
@@ -333,6 +279,8 @@ class PixelDiTPipeline(PixelPipeline):
             output_type=output_type,
             callback_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+
+        # 2. The labels, and the pictures they make.
         rows = torch.tensor(labels, device=self._execution_device).repeat_interleave(num_images_per_label)
         pictures = self._sample(
             {"class_labels": rows},

@@ -12,7 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
-from localdit.pipelines.common import ImageInput, changed_text, check_prompts, lost_words, require_finite
+from localdit.pipelines.common import (
+    ImageInput,
+    changed_text,
+    check_prompts,
+    lost_words,
+    require_finite,
+    tensor_inputs,
+)
 from localdit.pipelines.pixeldit import PixelPipeline
 
 logger = logging.getLogger(__name__)
@@ -125,12 +132,10 @@ class PixelDiTTextPipeline(PixelPipeline):
                 is called.
             NonFiniteError: Where a model gives NaN or infinity.
         """
-        callback_on_step_end_tensor_inputs = self._begin(
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            guidance_scale,
-            guidance_interval,
-            attention_kwargs,
+        # 1. Refuse what cannot work.
+        self._begin_flow(guidance_scale, guidance_interval, attention_kwargs)
+        callback_on_step_end_tensor_inputs = tensor_inputs(
+            callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         images, height, width = self._read_images(image, height, width)
         config = self.transformer.config
@@ -149,11 +154,11 @@ class PixelDiTTextPipeline(PixelPipeline):
             raise ValueError(f"{name} must be at most {config.max_text_tokens}, got {length}")
         batch = prompts * num_images_per_prompt
         self._check_call(
-            prompts,
-            batch,
-            height,
-            width,
-            images,
+            conditions=prompts,
+            batch=batch,
+            height=height,
+            width=width,
+            images=images,
             counts={
                 "num_inference_steps": num_inference_steps,
                 "num_images_per_prompt": num_images_per_prompt,
@@ -165,6 +170,8 @@ class PixelDiTTextPipeline(PixelPipeline):
             output_type=output_type,
             callback_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+
+        # 2. The text, and the pictures it makes.
         positive, negative = self.encode_prompt(
             prompt,
             self.do_classifier_free_guidance,
