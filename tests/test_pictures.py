@@ -21,6 +21,7 @@ from localdit.pictures import KEY, Settings, read_picture, read_settings, write_
 MADE_WITH = {"localdit": "0", "torch": "0", "device": "cpu", "scheduler": "DDIMScheduler"}
 SETTINGS = Settings(
     prompt='a "red" circle\n→ 赤い円',
+    label="tench",
     seed=2**63 - 1,
     negative="ugly",
     image="/home/a b/c.png",
@@ -30,6 +31,7 @@ SETTINGS = Settings(
     guidance=1.5,
     size=(640, 480),
     model="owner/name",
+    pipeline="a.b.C",
     dtype="bfloat16",
     scheduler="heun",
 )
@@ -87,6 +89,9 @@ GOOD = dataclasses.asdict(SETTINGS) | {"made_with": MADE_WITH}
         ({KEY: "[]"}, "carries damaged settings"),
         ({KEY: json.dumps(GOOD | {"size": 3})}, "carries damaged settings"),
         ({KEY: json.dumps(GOOD | {"fps": 3})}, "another version .* with other settings: fps"),
+        ({KEY: json.dumps({"made_with": MADE_WITH})}, "another version .* with other settings: prompt, seed"),
+        ({KEY: json.dumps(GOOD | {"label": 3})}, "label must be a text, got 3"),
+        ({KEY: json.dumps(GOOD | {"size": [3, 0]})}, "size must be a width and a height in pixels"),
         ({KEY: json.dumps(GOOD | {"steps": "7"})}, "steps must be a whole number from 1 to 1000, got '7'"),
         ({KEY: json.dumps(GOOD | {"steps": 10**9})}, "steps must be a whole number from 1 to 1000"),
         ({KEY: json.dumps(GOOD | {"image": 3})}, "image must be a text, got 3"),
@@ -100,6 +105,13 @@ GOOD = dataclasses.asdict(SETTINGS) | {"made_with": MADE_WITH}
 def test_foreign_settings_are_checked(tmp_path, texts, message):
     with pytest.raises(ValueError, match=message):
         read_settings(with_text(tmp_path / "a.png", **texts))
+
+
+def test_settings_of_an_older_version_are_read(tmp_path):
+    """It knew no labels and no pipelines; what it lacks has its default."""
+    old = {name: value for name, value in GOOD.items() if name not in ("label", "pipeline", "size")}
+    settings = read_settings(with_text(tmp_path / "a.png", **{KEY: json.dumps(old)}))
+    assert settings == dataclasses.replace(SETTINGS, label=None, pipeline=None, size=None)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

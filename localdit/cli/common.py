@@ -1,17 +1,21 @@
 """What several commands share: the parser, the words of options, and how a pipeline is found and loaded."""
 
 import argparse
+import dataclasses
+import difflib
+import inspect
 import os
+import pkgutil
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from localdit import MINI
-from localdit.pictures import DTYPES, SCHEDULERS, Settings
+from localdit.pictures import ARGUMENTS, DTYPES, SCHEDULERS, Settings
 
 if TYPE_CHECKING:
     import torch
-
-    from localdit import LocalDiTPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)"
 
@@ -37,18 +41,23 @@ def add_drawing_options(group: Any) -> None:
     group.add_argument(
         "--size", type=_parse_size, metavar="WxH", help="in pixels, or one number (default: the model's)"
     )
-    group.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {Settings.steps})")
+    group.add_argument(
+        "--pipeline",
+        metavar="CLASS",
+        help="package.module.Class, which is imported, of a model whose pipeline is none of localdit's",
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the pipeline's)")
     group.add_argument(
         "--guidance",
         type=float,
         metavar="G",
-        help=f"weight of the prompt; 1 is none (default: {Settings.guidance})",
+        help="weight of what it should show; 1 is none (default: the pipeline's)",
     )
     group.add_argument(
         "--scheduler",
-        choices=sorted(SCHEDULERS),
+        choices=SCHEDULERS,
         metavar="NAME",
-        help=f"{', '.join(sorted(SCHEDULERS))} (default: the model's)",
+        help=f"{', '.join(SCHEDULERS)}; those for the model's kind of noise (default: the model's)",
     )
     group.add_argument(
         "--dtype",
@@ -101,19 +110,147 @@ def choose_device(name: str | None, dtype: str | None) -> tuple["torch.device", 
     return device, dtype or ("float32" if device.type == "cpu" else "bfloat16")
 
 
-def load_pipeline(model: str, dtype: str, scheduler: str | None = None) -> "LocalDiTPipeline":
-    """Load what `find_model` found, with another scheduler where one is named."""
+def find_pipeline(model: str, name: str | None = None) -> tuple["type[DiffusionPipeline]", dict[str, Any]]:
+    """The class of a pipeline that `find_model` found, and its config, without its weights.
+
+    Args:
+        name: The class as package.module.Class. None: that of ours which the pipeline itself names. Whatever
+            else it names is not imported.
+
+    Raises:
+        ValueError: There is no such class, or it is no pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    from localdit.pipelines import PIPELINES
+
+    config = DiffusionPipeline.load_config(_place(model))
+    if name is not None:
+        return _import_pipeline(name), config
+    ours = {pipeline.__name__: pipeline for pipeline in PIPELINES}
+    said = config.get("_class_name")
+    if not isinstance(said, str) or said not in ours:
+        raise ValueError(
+            f"{model} is a {said}, and localdit has {', '.join(ours)}: "
+            "name the class of another by --pipeline"
+        )
+    return ours[said], config
+
+
+def _import_pipeline(name: str) -> "type[DiffusionPipeline]":
+    from diffusers import DiffusionPipeline
+
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--pipeline must be package.module.Class, got {name}: {error}") from error
+    if not (
+        inspect.isclass(found) and issubclass(found, DiffusionPipeline) and found is not DiffusionPipeline
+    ):
+        raise ValueError(f"--pipeline must name a subclass of diffusers' DiffusionPipeline, got {name}")
+    return found
+
+
+def fit(settings: Settings, pipeline: "type[DiffusionPipeline]", config: Mapping[str, Any]) -> Settings:
+    """Settings for a pipeline of this class, with its own defaults where they leave something open.
+
+    Args:
+        config: Of the pipeline; its `id2label` names the labels.
+
+    Raises:
+        ValueError: They hold what it does not take, or a label that it does not know.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "class_labels" in takes:
+        _check_label(settings, config)
+    elif settings.label is not None:
+        raise ValueError(f"{settings.model} draws prompts, not labels, got the label {settings.label}")
+    for name, argument in (ARGUMENTS | {"image": "image", "size": "height"}).items():
+        if argument not in takes and getattr(settings, name):
+            raise ValueError(f"{pipeline.__name__} takes no {argument}: leave out --{name}")
+    own = {
+        name: takes[argument].default if argument in takes else None
+        for name, argument in ARGUMENTS.items()
+        if getattr(settings, name) is None or argument not in takes
+    }
+    return dataclasses.replace(settings, **own)
+
+
+def _check_label(settings: Settings, config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there is a label, by number or by a name that the config has."""
+    from localdit.pipelines.common import label_names
+
+    if settings.label is None:
+        raise ValueError(f"{settings.model} draws labels, not prompts: give --label NAME or --label NUMBER")
+    names = label_names(config.get("id2label"))
+    if settings.label in names or settings.label.isdecimal():
+        return
+    near = difflib.get_close_matches(settings.label, names) or sorted(names)[:3]
+    known = f"{len(names)} names, such as {', '.join(near)}" if names else "numbers alone"
+    raise ValueError(f"--label must be a label of {settings.model}, with {known}, got {settings.label}")
+
+
+def load_pipeline(settings: Settings) -> "DiffusionPipeline":
+    """The pipeline that settings name, in their dtype and with their scheduler."""
     import diffusers
     import torch
     import transformers
 
-    from localdit import LocalDiTPipeline
+    from localdit.pipelines.common import SafetensorsMixin
 
     # The bar of the denoising is enough.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    folder = MINI if model == "mini" else model
-    pipe = LocalDiTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
-    if scheduler:
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
+    place, pipeline = _place(settings.model), find_pipeline(settings.model, settings.pipeline)[0]
+    scheduler = None
+    if settings.scheduler is not None:  # before the weights: it may not fit
+        own = diffusers.DDPMScheduler.load_config(place, subfolder="scheduler")
+        scheduler = make_scheduler(settings.scheduler, own)
+    options = {} if issubclass(pipeline, SafetensorsMixin) else {"use_safetensors": True}
+    pipe = pipeline.from_pretrained(place, dtype=getattr(torch, str(settings.dtype)), **options)
+    if scheduler is not None:
+        pipe.scheduler = scheduler
     return pipe
+
+
+def make_scheduler(name: str, own: Mapping[str, Any]) -> "SchedulerMixin":
+    """The scheduler of a short name, for a model whose own scheduler has the config `own`.
+
+    Raises:
+        ValueError: It takes away another kind of noise.
+    """
+    import diffusers
+
+    import localdit
+    from localdit.models.single_file import known_fields
+
+    class_name, kinds = SCHEDULERS[name]
+    kind = noise_kind(own)
+    if kind not in kinds:
+        fitting = ", ".join(short for short, (_, fits) in SCHEDULERS.items() if kind in fits)
+        raise ValueError(
+            f"--scheduler must suit the model's own, {own['_class_name']}: one of {fitting}, got {name}"
+        )
+    changes: dict[str, Any] = {}
+    if kind == "flow":  # the same levels under other names
+        shift = own.get("flow_shift", own.get("shift", 1.0))
+        changes = {"shift": shift, "flow_shift": shift, "use_flow_sigmas": True}
+        changes |= {"prediction_type": "flow_prediction"}
+    elif class_name != "DDPMScheduler":  # which alone takes a variance that the model predicts
+        changes = {"variance_type": None}
+    scheduler: Any = getattr(diffusers, class_name, None) or getattr(localdit, class_name)
+    return scheduler.from_config(known_fields(scheduler, {**own, **changes}))
+
+
+def noise_kind(config: Mapping[str, Any]) -> str:
+    """The kind of noise, as in `SCHEDULERS`, that a scheduler with this config takes away."""
+    class_name = config["_class_name"]
+    if class_name.startswith("EDM"):
+        return "edm"
+    is_flow = class_name.startswith("Flow") or config.get("prediction_type") == "flow_prediction"
+    return "flow" if is_flow else "betas"
+
+
+def _place(model: str) -> str:
+    """Folder or hub name of what `find_model` found."""
+    return MINI if model == "mini" else model

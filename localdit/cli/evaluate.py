@@ -21,6 +21,8 @@ from localdit.cli.common import (
     add_drawing_options,
     choose_device,
     find_model,
+    find_pipeline,
+    fit,
     load_pipeline,
 )
 from localdit.pictures import Settings
@@ -37,7 +39,8 @@ CLIP = "openai/clip-vit-large-patch14"
 SCENES, SAMPLES, SEED, BATCH_SIZE = 256, 4, 1, 8
 PACKAGES = ("localdit", "torch", "diffusers", "transformers", "pillow", "torchmetrics", "torch-fidelity")
 # Options of how pictures are made, which say nothing about pictures that are there.
-MAKING = ("model", "count", "num", "seed", "size", "steps", "guidance", "negative", "scheduler", "dtype")
+DRAWING = ("size", "steps", "guidance", "negative", "scheduler", "pipeline")
+MAKING = ("model", "count", "num", "seed", "dtype", *DRAWING)
 
 
 def add(commands: Any) -> Parser:
@@ -95,7 +98,9 @@ def add(commands: Any) -> Parser:
         "--seed", type=int, metavar="SEED", help=f"of the scenes, and of the first picture (default: {SEED})"
     )
     add_drawing_options(how)
-    how.add_argument("--negative", metavar="TEXT", help="what no picture should show")
+    how.add_argument(
+        "--negative", metavar="TEXT", help="what no picture should show (default: the pipeline's)"
+    )
 
     where = parser.add_argument_group("where")
     where.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
@@ -217,12 +222,13 @@ def plan_made(args: argparse.Namespace, folder: Path, dtype: str) -> Plan:
         prompts = read_prompts(Path(args.prompts))[: args.count]
 
     model = find_model(args.model or Settings.model)
-    given = {name: getattr(args, name) for name in ("size", "steps", "guidance", "negative", "scheduler")}
-    given = {name: value for name, value in given.items() if value is not None}
+    kind = find_pipeline(model, args.pipeline)
+    given = {name: getattr(args, name) for name in DRAWING}
     for index, prompt in enumerate(prompt for prompt in prompts for _ in range(num)):
         sample = f"{index // num:05}/samples/{index % num:04}.png"
         path = folder / (sample if args.geneval else f"{index:05}.png")
-        plan.settings[path] = Settings(prompt=prompt, seed=seed + index, model=model, dtype=dtype, **given)
+        settings = Settings(prompt=prompt, seed=seed + index, model=model, dtype=dtype, **given)
+        plan.settings[path] = fit(settings, *kind)
         plan.prompts[path] = prompt
     return plan
 
@@ -263,7 +269,7 @@ def make(
     from localdit.evaluation.generation import check_kept, fingerprint, generate
 
     first = next(iter(plan.settings.values()))
-    pipe = load_pipeline(first.model, str(first.dtype), first.scheduler)
+    pipe = load_pipeline(first)
     made_with = {
         "localdit": __version__,
         "torch": metadata.version("torch"),
@@ -352,7 +358,7 @@ def report(
     if plan.settings:
         settings = dataclasses.asdict(next(iter(plan.settings.values())))
         results["seed"] = settings.pop("seed")
-        for name in ("prompt", "image", "image_sha256", "strength"):
+        for name in ("prompt", "label", "image", "image_sha256", "strength"):
             del settings[name]
         settings["prompts"] = args.prompts or args.geneval or "scenes"
     results |= found.figures

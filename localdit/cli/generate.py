@@ -1,4 +1,4 @@
-"""`localdit generate`: pictures from prompts."""
+"""`localdit generate`: pictures from prompts, or from the labels of classes."""
 
 import argparse
 import dataclasses
@@ -20,29 +20,30 @@ from localdit.cli.common import (
     add_drawing_options,
     choose_device,
     find_model,
+    find_pipeline,
+    fit,
     load_pipeline,
 )
 from localdit.evaluation.prompts import read_prompts
-from localdit.pictures import FORMATS, Settings, read_picture, read_settings, write_png
+from localdit.pictures import FORMATS, Settings, call_options, read_picture, read_settings, write_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from localdit import LocalDiTPipeline
 
 
 def add(commands: Any) -> Parser:
     parser: Parser = commands.add_parser(
         "generate",
-        usage="%(prog)s PROMPT [PROMPT ...] [options]",
-        help="make pictures from prompts",
-        description="Make pictures from prompts, or from prompts and a picture.\n\n"
+        usage="%(prog)s (PROMPT [PROMPT ...] | --label LABEL [--label LABEL ...]) [options]",
+        help="make pictures from prompts or labels",
+        description="Make pictures from prompts or labels, whichever the model draws, and from a picture.\n\n"
         "Picture i has the seed SEED + i and its own generator, so it comes out the same when made alone.\n"
         "Each PNG carries its settings, paths of files included; --from-png makes it again.",
         epilog="examples:\n"
         '  localdit generate "a red circle left of a blue square"\n'
         '  localdit generate "a green star" "a pink ring" --num 3 --seed 7 --out stars/\n'
         '  localdit generate "a green star" --image scene.png --strength 0.6\n'
+        '  localdit generate --label "golden retriever" --label 7 --model my-ledit\n'
         '  localdit generate --prompt-file prompts.txt --out "{index:03d}-{slug}.png" --json\n'
         "  localdit generate --from-png outputs/a-green-star-7.png --steps 50",
     )
@@ -51,7 +52,15 @@ def add(commands: Any) -> Parser:
     what.add_argument(
         "--prompt-file", metavar="FILE", help="more prompts, one a line; empty lines do not count"
     )
-    what.add_argument("--negative", metavar="TEXT", help="what it should not show")
+    what.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        dest="labels",
+        metavar="LABEL",
+        help="name or number of a class, in place of prompts; may be given again for more pictures",
+    )
+    what.add_argument("--negative", metavar="TEXT", help="what it should not show (default: the pipeline's)")
     what.add_argument(
         "--image",
         metavar="FILE",
@@ -98,14 +107,15 @@ def run(args: argparse.Namespace) -> None:
     paths = plan_paths(args.out, pictures, args.overwrite)
 
     device, dtype = choose_device(args.device, pictures[0].dtype)
-    pictures = [dataclasses.replace(settings, dtype=dtype) for settings in pictures]
+    kind = find_pipeline(pictures[0].model, pictures[0].pipeline)
+    pictures = [dataclasses.replace(fit(settings, *kind), dtype=dtype) for settings in pictures]
     first = pictures[0]
     if args.quiet:
         logging.disable(logging.WARNING)
     else:
         seeds = f"seed {first.seed}" if len(pictures) == 1 else f"seeds {first.seed} to {pictures[-1].seed}"
         print(f"{first.model} on {device} in {dtype}, {first.steps} steps, {seeds}", file=sys.stderr)
-    pipe = load_pipeline(first.model, dtype, first.scheduler).to(device)
+    pipe = load_pipeline(first).to(device)
     made_with = {"localdit": __version__, "torch": metadata.version("torch"), "device": device.type}
     made_with["scheduler"] = type(pipe.scheduler).__name__
 
@@ -130,12 +140,7 @@ def plan_pictures(args: argparse.Namespace) -> tuple["Image | None", list[Settin
         if (value := getattr(args, field.name, None)) is not None:
             settings[field.name] = value
 
-    prompts = list(args.prompts)
-    if args.prompt_file:
-        prompts += read_prompts(Path(args.prompt_file))
-    prompts = prompts or ([settings["prompt"]] if args.from_png else [])
-    if not prompts:
-        raise ValueError("there is no prompt: give one, or --prompt-file, or --from-png")
+    shown = plan_shown(args, settings)
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
 
@@ -148,13 +153,35 @@ def plan_pictures(args: argparse.Namespace) -> tuple["Image | None", list[Settin
     elif args.strength is not None:
         raise ValueError("--strength says how far to leave --image, which is not given")
     settings["model"] = find_model(settings.get("model", Settings.model))
+    if (named := settings.get("pipeline")) is not None and args.pipeline is None:
+        # A picture may come from a stranger, who has no say in what is imported.
+        raise ValueError(f"{args.from_png} was made by {named}: give --pipeline {named} if you trust it")
 
-    seed = settings.pop("seed", None)
+    seed = settings.get("seed")
     seed = secrets.randbelow(2**32) if seed is None else seed
-    settings.pop("prompt", None)
-    repeated = [prompt for prompt in prompts for _ in range(args.num)]
-    pictures = [Settings(**settings, prompt=prompt, seed=seed + i) for i, prompt in enumerate(repeated)]
+    repeated = [each for each in shown for _ in range(args.num)]
+    pictures = [Settings(**(settings | each | {"seed": seed + i})) for i, each in enumerate(repeated)]
     return start, pictures
+
+
+def plan_shown(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Prompt and label of what to show, one or the other.
+
+    Args:
+        settings: Of `--from-png`, which hold where the command line says nothing.
+    """
+    prompts = list(args.prompts)
+    if args.prompt_file:
+        prompts += read_prompts(Path(args.prompt_file))
+    if prompts and args.labels:
+        raise ValueError("a picture shows a prompt or a label, got both")
+    shown = [{"prompt": prompt, "label": None} for prompt in prompts]
+    shown += [{"prompt": "", "label": label} for label in args.labels]
+    if not shown and args.from_png:
+        shown = [{name: settings[name] for name in ("prompt", "label")}]
+    if not shown:
+        raise ValueError("there is no prompt: give one, or --prompt-file, or --label, or --from-png")
+    return shown
 
 
 def plan_paths(out: str, pictures: list[Settings], overwrite: bool) -> list[Path]:
@@ -168,7 +195,9 @@ def plan_paths(out: str, pictures: list[Settings], overwrite: bool) -> list[Path
     paths: list[Path] = []
     for index, settings in enumerate(pictures):
         try:
-            path = folder / pattern.format(slug=slug(settings.prompt), seed=settings.seed, index=index)
+            path = folder / pattern.format(
+                slug=slug(settings.label or settings.prompt), seed=settings.seed, index=index
+            )
         except (KeyError, IndexError, ValueError, AttributeError):
             raise ValueError(f"--out may hold {{slug}}, {{seed}} and {{index}}, got {out}") from None
         if named and path in paths:
@@ -184,26 +213,19 @@ def plan_paths(out: str, pictures: list[Settings], overwrite: bool) -> list[Path
     return paths
 
 
-def slug(prompt: str) -> str:
-    """A prompt as part of a file name."""
-    return re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "picture"
+def slug(text: str) -> str:
+    """A prompt or label as part of a file name."""
+    return re.sub(r"[\W_]+", "-", text.lower())[:40].strip("-") or "picture"
 
 
-def draw(pipe: "LocalDiTPipeline", settings: Settings, start: "Image | None") -> "Image":
+def draw(pipe: Any, settings: Settings, start: "Image | None") -> "Image":
     """One picture."""
     import torch
 
-    width, height = settings.size or (None, None)
-    pictures = pipe(
-        settings.prompt,
-        settings.negative,
-        image=start,
-        strength=settings.strength,
-        width=width,
-        height=height,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        generator=torch.Generator("cpu").manual_seed(settings.seed),
-        return_dict=False,
-    )[0]
+    what: str | int = settings.prompt
+    if settings.label is not None:
+        what = pipe.labels[settings.label] if settings.label in pipe.labels else int(settings.label)
+    beginning = {} if start is None else {"image": start, "strength": settings.strength}
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    pictures = pipe(what, generator=generator, return_dict=False, **beginning, **call_options(settings))[0]
     return pictures[0]

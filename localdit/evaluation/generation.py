@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from localdit.evaluation.folders import is_picture
-from localdit.pictures import KEY, Settings, read_settings, write_png
+from localdit.pictures import KEY, Settings, call_options, read_settings, write_png
 
 
 def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
@@ -41,7 +41,7 @@ def generate(
     """Make the pictures that are wanted and not there yet.
 
     Args:
-        pipeline: Takes prompts and generators, and the options of `LocalDiTPipeline`.
+        pipeline: Takes prompts and generators, and what `call_options` gives.
         wanted: The settings of each file. They differ in prompt and seed alone.
         made_with: What else the files tell: `scheduler`, `weights` (see `fingerprint`), versions.
         batch_size: Pictures at a time. What a picture shows does not depend on it.
@@ -64,23 +64,11 @@ def generate(
             paths = missing[start : start + batch_size]
             batch = [wanted[path] for path in paths]
             pictures = draw(
-                pipeline, [s.prompt for s in batch], [s.seed for s in batch], **_options(batch[0])
+                pipeline, [s.prompt for s in batch], [s.seed for s in batch], **call_options(batch[0])
             )
             for path, settings, picture in zip(paths, batch, pictures):
                 write_png(picture, path, settings, dict(made_with))
             bar.update(len(paths))
-
-
-def _options(settings: Settings) -> dict[str, Any]:
-    """Of `settings`, what the pictures of a batch share, as the pipeline calls it."""
-    width, height = settings.size or (None, None)
-    return {
-        "negative_prompt": settings.negative,
-        "width": width,
-        "height": height,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-    }
 
 
 def check_kept(folder: Path, wanted: Mapping[Path, Settings], weights: str) -> int:

@@ -107,7 +107,7 @@ def test_processes_share_the_pictures_and_make_what_one_makes(tmp_path):
     [
         (
             {"guidance": 3.0},
-            "00000.png was made with guidance 7.0, and this evaluation has 3.0: choose another",
+            "00000.png was made with guidance None, and this evaluation has 3.0: choose another",
         ),
         ({"seed": 4}, "00000.png was made with seed 3, and this evaluation has 4"),
         ({"model": "o/m"}, "00000.png was made with model 'mini', and this evaluation has 'o/m'"),
