@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import inspect
 import os
-import pkgutil
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -122,12 +121,12 @@ def find_pipeline(model: str, name: str | None = None) -> tuple["type[DiffusionP
     """
     from diffusers import DiffusionPipeline
 
-    from localdit.pipelines import PIPELINES
+    from localdit import pipelines
 
     config = DiffusionPipeline.load_config(_place(model))
     if name is not None:
-        return _import_pipeline(name), config
-    ours = {pipeline.__name__: pipeline for pipeline in PIPELINES}
+        return pipelines.find_pipeline(name), config
+    ours = {pipeline.__name__: pipeline for pipeline in pipelines.PIPELINES}
     said = config.get("_class_name")
     if not isinstance(said, str) or said not in ours:
         raise ValueError(
@@ -135,20 +134,6 @@ def find_pipeline(model: str, name: str | None = None) -> tuple["type[DiffusionP
             "name the class of another by --pipeline"
         )
     return ours[said], config
-
-
-def _import_pipeline(name: str) -> "type[DiffusionPipeline]":
-    from diffusers import DiffusionPipeline
-
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--pipeline must be package.module.Class, got {name}: {error}") from error
-    if not (
-        inspect.isclass(found) and issubclass(found, DiffusionPipeline) and found is not DiffusionPipeline
-    ):
-        raise ValueError(f"--pipeline must name a subclass of diffusers' DiffusionPipeline, got {name}")
-    return found
 
 
 def fit(settings: Settings, pipeline: "type[DiffusionPipeline]", config: Mapping[str, Any]) -> Settings:
@@ -168,7 +153,7 @@ def fit(settings: Settings, pipeline: "type[DiffusionPipeline]", config: Mapping
     for name, argument in (ARGUMENTS | {"image": "image", "size": "height"}).items():
         if argument not in takes and getattr(settings, name):
             raise ValueError(f"{pipeline.__name__} takes no {argument}: leave out --{name}")
-    own = {
+    own: dict[str, Any] = {
         name: takes[argument].default if argument in takes else None
         for name, argument in ARGUMENTS.items()
         if getattr(settings, name) is None or argument not in takes

@@ -65,13 +65,17 @@ def find_pipeline(name: str) -> Any:
     Raises:
         ValueError: There is no such class, or it is no pipeline.
     """
-    found = {cls.__name__: cls for cls in PIPELINES}.get(name)
+    found: Any = {cls.__name__: cls for cls in PIPELINES}.get(name)
+    reason = ""
     if found is None and "." in name:
-        with suppress(ImportError, AttributeError, ValueError):
+        try:
             found = pkgutil.resolve_name(name)
-    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
+        except (ImportError, AttributeError, ValueError) as error:
+            reason = f": {error}"
+    base = diffusers.DiffusionPipeline
+    if not (inspect.isclass(found) and issubclass(found, base) and found is not base):
         known = ", ".join(cls.__name__ for cls in PIPELINES)
-        raise ValueError(f"pipeline must be {known} or package.module.Class of another, got {name!r}")
+        raise ValueError(f"pipeline must be {known} or package.module.Class of another, got {name!r}{reason}")
     return found
 
 
