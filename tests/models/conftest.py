@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 
 @pytest.fixture
@@ -12,3 +13,11 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def default_backend() -> Iterator[None]:
+    """Diffusers makes the last backend that was set for any model the default of all: put it back."""
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
