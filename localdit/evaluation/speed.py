@@ -14,7 +14,8 @@ On CUDA the whole models run.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +75,7 @@ class Contestant:
 
     @torch.no_grad()
     def _time(self) -> float:
-        synchronize = torch.cuda.synchronize if self.inputs["hidden_states"].is_cuda else lambda: None
-        synchronize()
-        start = time.perf_counter()
-        self.model(**self.inputs)
-        synchronize()
-        return time.perf_counter() - start
+        return seconds(lambda: self.model(**self.inputs), self.inputs["hidden_states"].device)
 
 
 def benchmark(
@@ -106,6 +102,15 @@ def benchmark(
     Raises:
         ValueError: for a size, number or dtype outside these.
     """
+    with measuring(size, pairs, batch, dtype, threads, device) as devices:
+        return [result for at in devices for result in _compare(size, pairs, batch, dtype, at)]
+
+
+@contextmanager
+def measuring(
+    size: int, pairs: int, batch: int, dtype: str, threads: int | None, device: str | None
+) -> Iterator[list[torch.device]]:
+    """Check the arguments of `benchmark`, and hold PyTorch to that many threads. Gives the devices."""
     if size < 16 or size % 16:
         raise ValueError(f"size must be a positive multiple of 16, got {size}")
     for name, value in (("pairs", pairs), ("batch", batch), ("threads", threads)):
@@ -121,10 +126,25 @@ def benchmark(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
-        chosen = [device] if device else devices
-        return [r for name in chosen for r in _compare(size, pairs, batch, dtype, torch.device(name))]
+        yield [torch.device(name) for name in ([device] if device else devices)]
     finally:
         torch.set_num_threads(threads_before)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, until the device has done it."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def draw_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Draw every parameter anew: some start at zero, which may cost less time."""
+    for parameter in model.parameters():
+        parameter.data = 0.02 * torch.randn_like(parameter, dtype=dtype)
 
 
 def _compare(size: int, pairs: int, batch: int, dtype: str, device: torch.device) -> list[Result]:
@@ -178,8 +198,7 @@ def _contestants(size: int, batch: int, dtype: torch.dtype, device: torch.device
         blocks = SLICE if device.type == "cpu" else depth
         with device:
             model = model_class(**WIDTH, **config, num_layers=blocks, sample_size=latent)
-        for parameter in model.parameters():  # some start at zero, which may cost less time
-            parameter.data = 0.02 * torch.randn_like(parameter, dtype=dtype)
+        draw_weights(model, dtype)
         return Contestant(model.eval(), inputs, depth)
 
     dim = WIDTH["num_attention_heads"] * WIDTH["attention_head_dim"]
