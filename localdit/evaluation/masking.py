@@ -10,6 +10,7 @@ XL at 256 and 512 pixels, where it was trained; the backward pass takes twice as
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,12 +116,13 @@ def _compare(size: int, pairs: int, batch: int, dtype: str, device: torch.device
     def step(mask_ratio: float) -> None:
         model(**inputs, mask_ratio=mask_ratio).sample.float().square().mean().backward()
 
-    masked, unmasked = [], []
+    masked: list[float] = []
+    unmasked: list[float] = []
     for pair in range(1 + pairs):
         order = ((MASK_RATIO, masked), (0.0, unmasked))
         for mask_ratio, times in order if pair % 2 else order[::-1]:
             model.zero_grad()
-            times.append(seconds(lambda ratio=mask_ratio: step(ratio), device))
+            times.append(seconds(partial(step, mask_ratio), device))
     del masked[0], unmasked[0]  # that pair warmed up
     low, ratio, high = np.quantile(np.divide(unmasked, masked), (0.25, 0.5, 0.75)).tolist()
     return Result(

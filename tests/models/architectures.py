@@ -243,7 +243,7 @@ def with_lora(model: Any, layers: tuple[str, ...] = PROJECTIONS) -> Any:
 def gradients(model: Any, inputs: dict[str, Any], call: Any = None) -> dict[str, Tensor]:
     """Of a squared output, by parameter. call: in place of the model, to which the parameters belong."""
     model.zero_grad()
-    (call or model)(**inputs).sample.square().mean().backward()
+    (model if call is None else call)(**inputs).sample.square().mean().backward()
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
