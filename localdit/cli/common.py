@@ -204,9 +204,7 @@ def make_scheduler(name: str, own: Mapping[str, Any]) -> "SchedulerMixin":
     Raises:
         ValueError: It takes away another kind of noise.
     """
-    import diffusers
-
-    import localdit
+    from localdit.conversion import find_scheduler
     from localdit.models.single_file import known_fields
 
     class_name, kinds = SCHEDULERS[name]
@@ -223,7 +221,7 @@ def make_scheduler(name: str, own: Mapping[str, Any]) -> "SchedulerMixin":
         changes |= {"prediction_type": "flow_prediction"}
     elif class_name != "DDPMScheduler":  # which alone takes a variance that the model predicts
         changes = {"variance_type": None}
-    scheduler: Any = getattr(diffusers, class_name, None) or getattr(localdit, class_name)
+    scheduler = find_scheduler(class_name)
     return scheduler.from_config(known_fields(scheduler, {**own, **changes}))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from localdit.cli.common import Parser
 from localdit.pictures import DTYPES
 
+ARCHITECTURES = ("local_dit", "sparse_dit", "ledit", "pixeldit", "pixeldit_text")  # of localdit.conversion
+
 
 def add(commands: Any) -> Parser:
     parser: Parser = commands.add_parser(
@@ -17,14 +19,23 @@ def add(commands: Any) -> Parser:
         "transformer, or such a folder into a checkpoint. With --pipeline, put a pipeline folder together.",
         epilog="examples:\n"
         "  localdit convert model.safetensors transformer/\n"
+        "  localdit convert pixeldit.ckpt transformer/ --architecture pixeldit\n"
         "  localdit convert transformer/ model.safetensors\n"
         "  localdit convert model.safetensors pipeline/ --pipeline --dtype bfloat16\n"
-        "  localdit convert transformer/ pipeline/ --pipeline --vae vae/ --text-encoder owner/t5",
+        "  localdit convert transformer/ pipeline/ --pipeline --vae vae/ --text-encoder owner/t5\n"
+        "  localdit convert dit.pt pipeline/ --pipeline --architecture sparse_dit \\\n"
+        "      --text-encoder open_clip_model.safetensors",
     )
     parser.add_argument(
         "source", metavar="IN", help="a checkpoint file, or the folder of a transformer or pipeline"
     )
     parser.add_argument("target", metavar="OUT", help="the folder or .safetensors file to write")
+    parser.add_argument(
+        "--architecture",
+        choices=ARCHITECTURES,
+        metavar="NAME",
+        help=f"{', '.join(ARCHITECTURES)} (default: a folder's own; of a file, {ARCHITECTURES[0]})",
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: the source's)"
     )
@@ -34,14 +45,15 @@ def add(commands: Any) -> Parser:
     file.add_argument(
         "--global-context",
         choices=("auto", "fold", "random", "none"),
-        default="auto",
         metavar="CHOICE",
-        help="auto: with it if the file has its tensors, else fold; fold: without it, its mean put in the "
-        "weights; random: with it, drawn from --seed; none: without it (default: auto)",
+        help="of LocalDiT; auto: with it if the file has its tensors, else fold; fold: without it, its mean "
+        "put in the weights; random: with it, drawn from --seed; none: without it (default: auto)",
     )
     file.add_argument("--seed", type=int, metavar="SEED", help="of --global-context random")
-    file.add_argument("--window-size", type=int, metavar="N", help="side of an attention window in tokens")
-    file.add_argument("--sample-size", type=int, metavar="N", help="side of the latents it was trained on")
+    file.add_argument("--window-size", type=int, metavar="N", help="of LocalDiT: side of a window in tokens")
+    file.add_argument(
+        "--sample-size", type=int, metavar="N", help="side of the latents, or pixels, of training"
+    )
     file.add_argument(
         "--config",
         nargs="+",
@@ -55,8 +67,12 @@ def add(commands: Any) -> Parser:
         "a whole pipeline", "Each part is a folder, or a hub name OWNER/NAME[/FOLDER]."
     )
     parts.add_argument("--pipeline", action="store_true", help="write a pipeline; IN is its transformer")
-    parts.add_argument("--vae", metavar="NAME", help="default: stabilityai/sdxl-vae")
-    parts.add_argument("--text-encoder", metavar="NAME", help="default: google/flan-t5-xxl")
+    parts.add_argument("--vae", metavar="NAME", help="default: that of the published model")
+    parts.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="or a .safetensors of an open_clip, whose text tower is taken (default: the published one)",
+    )
     parts.add_argument("--tokenizer", metavar="NAME", help="default: the text encoder's")
     parts.add_argument("--scheduler", metavar="NAME", help="default: that of the published model")
     parser.set_defaults(run=run)
@@ -78,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     from localdit import conversion
 
     choices = {
-        **given("global_context", "seed", "window_size", "sample_size", "overwrite"),
+        **given("architecture", "global_context", "seed", "window_size", "sample_size", "overwrite"),
         **dict(args.config),
         "dtype": args.dtype and getattr(torch, args.dtype),
     }
