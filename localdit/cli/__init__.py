@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from localdit import __version__
-from localdit.cli import benchmark, convert, data, encode, evaluate, generate, plot, train, verify
+from localdit.cli import benchmark, convert, data, encode, evaluate, generate, models, plot, train, verify
 from localdit.cli.common import Parser
 from localdit.training.stopping import EXIT_CODE, Stopped
 
@@ -56,7 +56,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"localdit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (generate, convert, data, encode, train, plot, evaluate, verify, benchmark):
+    for module in (generate, convert, data, encode, train, plot, evaluate, verify, benchmark, models):
         command = module.add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -9,6 +9,7 @@ al. 2022, arXiv 2202.09368). The network inside is the F of EDM (Karras et al. 2
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -204,7 +205,8 @@ class SparseDiTRouter(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, D). Returns probabilities over the experts, (B, N, E), float32 or better."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        # The meta device, on which operations are counted, knows no autocast.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.weight.to(dtype)).softmax(dim=-1)
 
 
