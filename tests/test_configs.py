@@ -22,9 +22,25 @@ PARAMETERS = {
     "local_dit/stage1_256.yaml": 518_662_672,
     "local_dit/stage2_512.yaml": 518_662_672,
     "local_dit/stage3_1024.yaml": 518_662_672,
+    "sparse_dit/mini.yaml": 4_080_944,
+    "sparse_dit/mini_masked.yaml": 4_080_944,
+    "sparse_dit/stage1_256_masked.yaml": 1_165_442_320,
+    "sparse_dit/stage1_256_masked_16ch.yaml": 1_165_540_672,
+    "sparse_dit/stage2_256.yaml": 1_165_442_320,
+    "sparse_dit/stage3_512_masked.yaml": 1_165_442_320,
+    "sparse_dit/stage4_512.yaml": 1_165_442_320,
+    "sparse_dit/tiny_256_masked.yaml": 200_692_752,
+    "sparse_dit/variant_256_masked.yaml": 1_214_325_264,
 }
 STAGES = ("stage1_256", "stage2_512", "stage3_1024")
-ENCODINGS = {"local_dit/encode.yaml", "local_dit/encode_scenes.yaml"}
+ENCODINGS = {"local_dit/encode.yaml", "local_dit/encode_scenes.yaml", "sparse_dit/encode.yaml"}
+# The published recipe of SparseDiT, stage by stage.
+SPARSE_STAGES = {
+    "stage1_256_masked": {"mask": 0.75, "steps": 250_000, "rate": 2.4e-4, "warmup": 2500, "clip": 0.25},
+    "stage2_256": {"mask": 0.0, "steps": 30_000, "rate": 8e-5, "warmup": 0, "clip": 0.25},
+    "stage3_512_masked": {"mask": 0.75, "steps": 50_000, "rate": 8e-5, "warmup": 500, "clip": 0.5},
+    "stage4_512": {"mask": 0.0, "steps": 5_000, "rate": 8e-5, "warmup": 0, "clip": 0.5},
+}
 
 
 def test_every_config_is_known():
@@ -57,6 +73,31 @@ def test_the_stages_of_the_published_training_follow_each_other_on_one_grid():
     assert reach == [32, 32, 32]
     assert [stage.train.learning_rate for stage in stages] == [5e-5, 5e-5, 2e-5]
     assert stages[-1].train.batch_size == 12
+
+
+def test_the_stages_of_sparse_dit_are_the_published_ones():
+    stages = [load_config(CONFIGS / f"sparse_dit/{name}.yaml") for name in SPARSE_STAGES]
+    assert stages[0].init_from is None
+    for before, after in itertools.pairwise(stages):
+        assert after.init_from == f"{before.output_dir}/final"
+    for stage, published in zip(stages, SPARSE_STAGES.values()):
+        train, objective = stage.train, build_objective(stage.objective)
+        assert (train.max_steps, train.learning_rate) == (published["steps"], published["rate"])
+        assert (train.warmup_steps, train.max_grad_norm) == (published["warmup"], published["clip"])
+        assert objective.mask_ratio == published["mask"]
+        assert 8 * train.batch_size * train.gradient_accumulation == 2048
+        assert (train.weight_decay, train.betas, train.eps) == (0.1, (0.9, 0.999), 1e-8)
+        assert (train.parameter_groups, objective.caption_dropout, train.seed) == ((), 0.1, 18)
+        small = objective.data.resolution == 256
+        assert (objective.sigma_mean, objective.sigma_std) == ((-0.6, 1.2) if small else (0.0, 0.6))
+        size = (stage.model["sample_size"], stage.model.get("interpolation_scale", 1.0))
+        assert size == ((32, 1.0) if small else (64, 2.0))
+    assert [(s.train.schedule, s.train.learning_rate_floor) for s in stages[:2]] == [
+        ("cosine", 0.33),
+        ("constant", 0.0),
+    ]
+    averages = [(stage.train.ema_decay, stage.train.ema_start) for stage in stages]
+    assert averages == [(0.0, 0), (0.0, 0), (0.99975, 25_000), (0.9975, 1_000)]
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))

@@ -45,6 +45,7 @@ class TrainConfig:
     learning_rate: float = 1e-4  # after warm-up
     warmup_steps: int = 1000  # linear, from 0
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = "constant"
+    learning_rate_floor: float = 0.0  # share of learning_rate that a falling schedule ends at in place of 0
     weight_decay: float = 0.03
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -55,7 +56,8 @@ class TrainConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of the repeated blocks, or of a whole model that declares none
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # 0 averages nothing
+    ema_start: int = 0  # steps before the average begins; until then it is the weights themselves
     seed: int = 0
     num_workers: int = 0  # of the data loader, in each process
     num_threads: int | None = None  # of PyTorch on the CPU; None leaves its default
@@ -83,6 +85,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate_floor > 1:
+            raise ValueError(f"train.learning_rate_floor must be at most 1, got {self.learning_rate_floor}")
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,10 @@ class Diffusion:
         losses = {f"validation_loss/{name}": mean for name, mean in zip(names, means)}
         return {"validation_loss": sum(means) / count, **losses}
 
+    def layout_blocks(self, model: Any) -> tuple[nn.ModuleList, int]:
+        """The blocks that `layout_block` counts, which have to see all tokens, and their width."""
+        return model.transformer_blocks, model.config.num_attention_heads * model.config.attention_head_dim
+
     def report(self, model: Any) -> dict[str, float]:
         """What else the log should say of the steps since the last report."""
         return {}
@@ -336,13 +340,12 @@ class Diffusion:
 
     def _add_layouts(self, model: Any, samples: Samples, source: Source) -> Samples:
         """Put the head of the side task into the model, and its targets into the samples."""
-        blocks = model.transformer_blocks
+        blocks, dim = self.layout_blocks(model)
         if self.layout_block >= len(blocks):
             raise ValueError(f"objective.layout_block must be below {len(blocks)}, got {self.layout_block}")
         if not isinstance(source, Scenes):
             raise ValueError("objective.layout_weight is for a source of scenes")
         layouts = WithLayouts(samples, source, model.config.sample_size // model.config.patch_size)
-        dim = model.config.num_attention_heads * model.config.attention_head_dim
         self.layout_head: LayoutHead = LayoutHead(dim, blocks[self.layout_block])
         model.layout_head = self.layout_head
         return layouts

@@ -77,7 +77,15 @@ def train(config: Config, resume: str = "auto") -> Path:
         model, optimizer = accelerator.prepare(bare_model, optimizer)
         bare_model = accelerator.unwrap_model(model)
         parameters = trained(bare_model)
-        ema = EMAModel(parameters.values(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
+        ema = EMAModel(
+            parameters.values(),
+            decay=options.ema_decay,
+            update_after_step=options.ema_start,
+            # An average that begins late has no first weights to forget.
+            min_decay=options.ema_decay if options.ema_start else 0.0,
+            use_ema_warmup=True,
+            power=0.75,
+        )
         start = 0
         if checkpoint:
             tensors, state = load_checkpoint(checkpoint)
@@ -306,7 +314,8 @@ def gradient_norm(accelerator: Accelerator, parameters: Iterable[nn.Parameter], 
 
 
 def learning_rate(options: TrainConfig) -> Callable[[int], float]:
-    """The learning rate after a number of steps: warm-up, then diffusers' schedule of that name."""
+    """The learning rate after a number of steps: warm-up, then diffusers' schedule of that name, raised in
+    proportion so that it ends at the floor."""
     name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
     # A schedule cannot be had without an optimizer.
     optimizer = torch.optim.SGD([torch.zeros(())], lr=options.learning_rate)
@@ -314,7 +323,12 @@ def learning_rate(options: TrainConfig) -> Callable[[int], float]:
         name, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
     )
     (multiplier,) = schedule.lr_lambdas
-    return lambda step: options.learning_rate * multiplier(step)
+
+    def rate(step: int) -> float:
+        floor = options.learning_rate_floor if step >= options.warmup_steps else 0.0
+        return options.learning_rate * (floor + (1 - floor) * multiplier(step))
+
+    return rate
 
 
 def seed_dropout(*words: int) -> None:

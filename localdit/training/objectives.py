@@ -11,6 +11,7 @@ from localdit.data.samples import Samples
 from localdit.training.autoencoder import Autoencoding
 from localdit.training.config import build
 from localdit.training.denoising import Denoising
+from localdit.training.edm import EDM
 from localdit.training.order import Draws
 from localdit.training.stopping import StopRequest
 from localdit.training.text_encoder import SceneParsing
@@ -44,7 +45,12 @@ class Objective(Protocol):
         """Write the finished model as others load it."""
 
 
-OBJECTIVES = {"autoencoding": Autoencoding, "denoising": Denoising, "scene_parsing": SceneParsing}
+OBJECTIVES = {
+    "autoencoding": Autoencoding,
+    "denoising": Denoising,
+    "edm": EDM,
+    "scene_parsing": SceneParsing,
+}
 
 
 def build_objective(values: dict[str, Any]) -> Objective:
