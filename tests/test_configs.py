@@ -31,6 +31,16 @@ PARAMETERS = {
     "sparse_dit/stage4_512.yaml": 1_165_442_320,
     "sparse_dit/tiny_256_masked.yaml": 200_692_752,
     "sparse_dit/variant_256_masked.yaml": 1_214_325_264,
+    "pixeldit/b_256.yaml": 184_749_155,
+    "pixeldit/l_256.yaml": 569_648_963,
+    "pixeldit/mini.yaml": 3_045_043,
+    "pixeldit/text_stage1_512.yaml": 1_302_470_787,
+    "pixeldit/text_stage2_512.yaml": 1_302_470_787,
+    "pixeldit/text_stage3_1024.yaml": 1_302_470_787,
+    "pixeldit/xl_256.yaml": 797_383_203,
+    "pixeldit/xl_256_low_rate.yaml": 797_383_203,
+    "pixeldit/xl_256_post_modulation.yaml": 759_601_699,
+    "pixeldit/xl_512.yaml": 797_383_203,
 }
 STAGES = ("stage1_256", "stage2_512", "stage3_1024")
 ENCODINGS = {"local_dit/encode.yaml", "local_dit/encode_scenes.yaml", "sparse_dit/encode.yaml"}
@@ -98,6 +108,44 @@ def test_the_stages_of_sparse_dit_are_the_published_ones():
     ]
     averages = [(stage.train.ema_decay, stage.train.ema_start) for stage in stages]
     assert averages == [(0.0, 0), (0.0, 0), (0.99975, 25_000), (0.9975, 1_000)]
+
+
+def test_pixeldits_class_runs_are_the_published_ones():
+    names = ("xl_256", "xl_256_low_rate", "xl_512")
+    first, rest, larger = (load_config(CONFIGS / f"pixeldit/{name}.yaml") for name in names)
+    for run in (first, rest, larger):
+        train, alignment = run.train, run.objective["alignment"]
+        assert train.batch_size * train.gradient_accumulation * 8 == 256
+        assert (train.optimizer, train.betas, train.weight_decay) == ("adamw", (0.9, 0.999), 0)
+        assert (train.ema_decay, run.objective["caption_dropout"]) == (0.9999, 0.1)
+        assert (alignment["block"], alignment["weight"]) == (8, 0.5)
+        assert run.objective["data"]["square"]
+        assert not run.objective["data"].get("flips")
+    assert rest.output_dir == first.output_dir  # the low rate goes on from the other's checkpoint
+    assert [run.train.learning_rate for run in (first, rest, larger)] == [1e-4, 1e-5, 1e-4]
+    assert [run.train.max_grad_norm for run in (first, rest, larger)] == [1.0, 0.5, 0.5]
+    assert [run.objective.get("shift", 1.0) for run in (first, rest, larger)] == [1.0, 1.0, 3.0]
+    epochs = [run.train.max_steps * 256 / 1_281_167 for run in (first, rest, larger)]
+    assert epochs == pytest.approx([160, 320, 850], rel=2e-3)
+    assert larger.init_from == f"{first.output_dir}/final"
+
+
+def test_pixeldits_text_stages_follow_each_other():
+    names = ("text_stage1_512", "text_stage2_512", "text_stage3_1024")
+    stages = [load_config(CONFIGS / f"pixeldit/{name}.yaml") for name in names]
+    for before, after in itertools.pairwise(stages):
+        assert after.init_from == f"{before.output_dir}/final"
+        assert before.model | {"sample_size": 1024} == after.model | {"sample_size": 1024}
+    objectives, trains = [stage.objective for stage in stages], [stage.train for stage in stages]
+    assert [objective["shift"] for objective in objectives] == [3.0, 3.0, 4.0]
+    assert [objective["scheduler"]["flow_shift"] for objective in objectives] == [3.0, 3.0, 4.0]
+    assert [bool(objective.get("alignment")) for objective in objectives] == [True, False, False]
+    assert [bool(objective["data"].get("square")) for objective in objectives] == [True, False, False]
+    assert [objective["data"]["max_sequence_length"] for objective in objectives] == [300] * 3
+    assert [train.batch_size * train.gradient_accumulation * 8 for train in trains] == [1024, 1024, 768]
+    assert [train.learning_rate for train in trains] == [1e-4, 1e-4, 2e-5]
+    assert [train.max_grad_norm for train in trains] == [0.2, 0.2, 0.1]
+    assert {(train.warmup_steps, train.ema_decay, train.weight_decay) for train in trains} == {(2000, 0, 0)}
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))

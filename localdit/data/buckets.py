@@ -16,8 +16,9 @@ _FAMILY = (
 )
 
 
-def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
-    """The sizes of a resolution, (height, width) in pixels: from 1:4 to 4:1, of about resolution² pixels.
+def bucket_sizes(resolution: int, square: bool = False) -> list[tuple[int, int]]:
+    """The sizes of a resolution, (height, width) in pixels: from 1:4 to 4:1, of about resolution² pixels, or
+    the square alone.
 
     At multiples of 256 these are PixArt's 33; elsewhere the sides are rounded to multiples of 16, and sizes
     that coincide are one.
@@ -27,6 +28,8 @@ def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
     """
     if resolution < 64 or resolution % 16:
         raise ValueError(f"resolution must be a multiple of 16, at least 64, got {resolution}")
+    if square:
+        return [(resolution, resolution)]
     sizes = [(_pixels(height, resolution), _pixels(width, resolution)) for height, width in _FAMILY]
     return list(dict.fromkeys(sizes))
 

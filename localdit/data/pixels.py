@@ -1,4 +1,4 @@
-"""Pictures and captions straight from a source, for a training that encodes them as it goes."""
+"""Pictures and captions straight from a source, for a training on pixels, or one that encodes as it goes."""
 
 import random
 from typing import Any
@@ -24,11 +24,14 @@ class Pixels(Samples):
         resolution: A picture goes to the bucket of about resolution² pixels that is nearest in ratio.
         flips: Mirror every other picture.
         seed: Of crops, flips and captions.
+        square: Crop the square in the middle of every picture, and no other.
     """
 
-    def __init__(self, source: Source, resolution: int, flips: bool = False, seed: int = 0):
-        self.source, self.flips, self.seed = source, flips, seed
-        self.buckets = bucket_sizes(resolution)
+    def __init__(
+        self, source: Source, resolution: int, flips: bool = False, seed: int = 0, square: bool = False
+    ):
+        self.source, self.flips, self.seed, self.square = source, flips, seed, square
+        self.buckets = bucket_sizes(resolution, square)
         self.groups: NDArray[np.integer] = nearest_buckets(source.sizes, self.buckets)
         self.shards = source.shards
 
@@ -41,7 +44,8 @@ class Pixels(Samples):
         flip = rng.random() < 0.5 and self.flips
         record = self.source.record(index)
         (caption,) = rng.choices(record.captions, record.weights)
-        picture = fit(decode_image(self.source.read(index)), self.buckets[self.groups[index]], rng)
+        size, place = self.buckets[self.groups[index]], None if self.square else rng
+        picture = fit(decode_image(self.source.read(index)), size, place)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         return {"pixels": pixels.flip(-1) if flip else pixels, "caption": caption}
 

@@ -179,6 +179,8 @@ class PixelDiTTextTransformer2DModel(PixelDiTBase):
     """
 
     block_class: ClassVar[type[nn.Module]] = PixelDiTTextBlock
+    # What the last block makes of the text: the training loop tells `DistributedDataParallel`.
+    has_unread_parameters = True
 
     @register_to_config
     def __init__(

@@ -5,7 +5,7 @@ autoencoder, and both follow a flow, in which the sample at noise level σ is (1
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
@@ -37,8 +37,13 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
     """What PixelDiT's two pipelines share: pixels in and out, noise, and the steps.
 
     A subclass reads its conditions, and says what velocity its transformer predicts under them.
+
+    Attributes:
+        flow_direction: Where time and velocity of its transformers point. "data": time is 1 - σ, and they
+            predict data - noise. "noise": time is 1000 σ, and they predict noise - data. Training goes by it.
     """
 
+    flow_direction: ClassVar[Literal["data", "noise"]]
     _optional_components: ClassVar = ["transformer", "scheduler"]
     _guidance_interval = (0.0, 1.0)
 
@@ -180,6 +185,7 @@ class PixelDiTPipeline(PixelPipeline):
         id2label: Names by label, with commas between several of one label.
     """
 
+    flow_direction = "data"
     model_cpu_offload_seq = "transformer"
     _callback_tensor_inputs: ClassVar = ["latents", "class_labels"]
 

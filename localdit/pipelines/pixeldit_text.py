@@ -65,6 +65,7 @@ class PixelDiTTextPipeline(PixelPipeline):
         tokenizer: Gemma's, or one like it, which puts a token before every text and none after it.
     """
 
+    flow_direction = "noise"
     model_cpu_offload_seq = "text_encoder->transformer"
     _optional_components: ClassVar = ["transformer", "scheduler", "text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds", "negative_prompt_embeds"]

@@ -118,13 +118,14 @@ class Diffusion:
         self.use_scheduler(self.parts["scheduler"])
         self.pipeline_class = find_pipeline(self.data.pipeline)
         takes = inspect.signature(self.pipeline_class).parameters
-        self._check_parts(takes)
+        self._check_parts(takes, model)
 
         samples: Samples
         with accelerator.main_process_first():
             source = open_config_source(self.data, progress=accelerator.is_main_process)
         if self.on_the_fly:
-            samples = Pixels(source, self.data.resolution, self.data.flips, self.data.seed)
+            data = self.data
+            samples = Pixels(source, data.resolution, data.flips, data.seed, data.square)
         else:
             encode(self.data, accelerator, stop)
             expected = {part: encoder["sha256"] for part, encoder in identities(self.data).items()}
@@ -294,8 +295,14 @@ class Diffusion:
 
     # --- Details -----------------------------------------------------------------------------------------
 
-    def _check_parts(self, takes: Any) -> None:
-        """Raise ValueError unless the encoders are those that the pipeline takes."""
+    def _check_parts(self, takes: Any, model: Any) -> None:
+        """Raise ValueError unless model and encoders are such as the pipeline takes."""
+        if ("class_labels" in inspect.signature(model.forward).parameters) != ("id2label" in takes):
+            kind = "texts" if "id2label" in takes else "classes"
+            raise ValueError(
+                f"objective.data.pipeline must be one of {kind} for {type(model).__name__}, "
+                f"got {self.data.pipeline}"
+            )
         for name in ("vae", "text_encoder"):
             given = getattr(self.data, name)
             if (given is not None) != (name in takes):

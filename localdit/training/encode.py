@@ -86,6 +86,7 @@ class EncodeConfig:
     resolution: int = (
         512  # pixels: each picture takes the size nearest in ratio among those of about this squared
     )
+    square: bool = False  # take the square in the middle of each picture instead, resolution² pixels
     flips: bool = False  # keep the latents of the mirrored pictures too
     max_sequence_length: int = 120  # tokens that a caption may have
     captions_per_image: int | None = None  # of a picture with more, this many draws by weight; None: all
@@ -274,7 +275,7 @@ def plan(
     if config.text_encoder:
         for_text = [*common, identity["text_encoder"], identity["tokenizer"], config.text_encoder_dtype]
         for_text += [config.max_sequence_length, config.pipeline]
-    size, buckets = config.samples_per_shard, bucket_sizes(config.resolution)
+    size, buckets = config.samples_per_shard, bucket_sizes(config.resolution, config.square)
     records: list[Record] = []
     for i in tqdm(range(len(source)), desc="plan", unit="image", disable=not progress, leave=False):
         records.append(source.record(i))
@@ -290,7 +291,7 @@ def plan(
 def buckets_of(records: Sequence[Record], config: EncodeConfig) -> NDArray[np.int64]:
     """The bucket of each picture."""
     sizes = np.array([(record.width, record.height) for record in records], dtype=np.int32)
-    return nearest_buckets(sizes, bucket_sizes(config.resolution))
+    return nearest_buckets(sizes, bucket_sizes(config.resolution, config.square))
 
 
 def choose_captions(record: Record, config: EncodeConfig) -> list[tuple[str, float]]:
@@ -320,7 +321,7 @@ def find_encoder(name: str, part: str) -> Path:
 
     Args:
         name: As `EncodeConfig` has it.
-        part: "vae", "text_encoder" or "tokenizer".
+        part: "vae", "text_encoder" or "tokenizer", or what a network that reads pictures is called in errors.
     """
     folder = Path(MINI if name == "mini" else name)
     if folder.is_dir():
@@ -328,7 +329,8 @@ def find_encoder(name: str, part: str) -> Path:
     repository, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/\w[\w.-]*)*", name):
         raise ValueError(f"{part} must be a folder that exists, or OWNER/NAME on the hub, got {name!r}")
-    files = [f"{inside}/*{suffix}".lstrip("/") for suffix in ENCODER_FILES[part]]
+    endings = ENCODER_FILES.get(part, (".safetensors", ".json"))
+    files = [f"{inside}/*{suffix}".lstrip("/") for suffix in endings]
     deeper = f"{inside}/*/*".lstrip("/")  # to the hub a star stands for slashes too
     return Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=deeper), inside)
 
@@ -431,7 +433,8 @@ class ImageWorker:
 
     def make(self, piece: Piece, progress: Callable[[int], Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         records = [self.source.record(i) for i in range(piece.start, piece.stop)]
-        buckets, sizes = buckets_of(records, self.config), bucket_sizes(self.config.resolution)
+        buckets = buckets_of(records, self.config)
+        sizes = bucket_sizes(self.config.resolution, self.config.square)
         positions = sorted(range(len(piece)), key=lambda position: (buckets[position], position))
         batches = [
             batch
@@ -707,7 +710,7 @@ def describe(
 ) -> tuple[dict[str, Any], Summary]:
     """The index of a cache whose shards are all made, and what this run did: what was not `there`."""
     shards, numbers = _shards(folder), {}
-    for number, size in enumerate(buckets := bucket_sizes(config.resolution)):
+    for number, size in enumerate(buckets := bucket_sizes(config.resolution, config.square)):
         numbers[bucket_name(size)] = number
     entries, bad, cut = [], list(source.bad), 0
     encoded: Counter[str] = Counter()

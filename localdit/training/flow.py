@@ -1,21 +1,114 @@
 """Rectified flow, as the published PixelDiT models are trained: noise levels, noisy samples, the velocity,
-and the alignment of a model's tokens with those of another network. Functions of tensors; chance comes in.
+and the objective that puts them together. The functions are of tensors; chance comes in.
 
 The sample at noise level σ is (1 - σ) data + σ noise (Liu et al. 2022, arXiv 2209.03003, eq. 1). A model's
 time and velocity point one way or the other: to the data, as the class model's do, or to the noise, as the
 text model's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-# B batch   C channels   H W picture   N = h*w tokens of the model   M tokens of the other network, F wide
+from localdit.data.samples import Samples
+from localdit.pipelines import find_pipeline
+from localdit.training.alignment import (
+    Alignment,
+    AlignmentConfig,
+    AlignmentHead,
+    FeatureNetwork,
+    alignment_errors,
+)
+from localdit.training.diffusion import Diffusion
+from localdit.training.order import Draws
+from localdit.training.stopping import StopRequest
+
+# B batch   C channels   H W sides of a sample   N tokens
 
 Direction: TypeAlias = Literal["data", "noise"]
+
+_VALIDATION_LEVELS = 10
+
+
+# --- The objective ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RectifiedFlow(Diffusion):
+    """The velocity of a sample between data and noise. Levels are shares σ of noise, logit-normal.
+
+    Where time and velocity of the model point is told by the pipeline, which samples with it.
+    """
+
+    logit_mean: float = field(default=0.0, metadata={"signed": True})  # < 0 for less noise
+    logit_std: float = 1.0
+    shift: float = 1.0  # above 1 for more noise, as larger pictures want: of `shift_levels`
+    discrete_levels: int | None = None  # round down to so many, before the shift: 1000 in the text model
+    # Of the tokens with the features of another network, where the samples are pictures; None: without.
+    alignment: AlignmentConfig | None = field(default=None, metadata={"nested": AlignmentConfig})
+
+    def use_scheduler(self, scheduler: Any) -> None:
+        if scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction" or not hasattr(
+            scheduler, "sigmas"
+        ):
+            raise ValueError(
+                "objective.scheduler must be one of flow matching, got "
+                f"{type(scheduler).__name__} with prediction_type {scheduler.config.get('prediction_type')!r}"
+            )
+
+    def prepare(self, model: Any, folder: Path, accelerator: Accelerator, stop: StopRequest) -> Samples:
+        direction = getattr(find_pipeline(self.data.pipeline), "flow_direction", None)
+        if direction is None:
+            raise ValueError(
+                "objective.data.pipeline must say where its flow points (flow_direction), as "
+                f"PixelDiTPipeline and PixelDiTTextPipeline do, got {self.data.pipeline}"
+            )
+        self.direction: Direction = direction
+        if self.alignment:
+            self._add_alignment(self.alignment, model, accelerator.device)
+        return super().prepare(model, folder, accelerator, stop)
+
+    def levels(self, draws: Draws) -> Tensor:
+        return noise_levels(draws.normal(), self.shift, self.logit_mean, self.logit_std, self.discrete_levels)
+
+    def validation_levels(self) -> dict[str, float]:
+        """The middles of ten equal ranges."""
+        middles = [(i + 0.5) / _VALIDATION_LEVELS for i in range(_VALIDATION_LEVELS)]
+        return {f"noise {middle:.2f}": middle for middle in middles}
+
+    def errors(
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        noise: Tensor,
+        level: Tensor,
+        draws: Draws,
+        **condition: Tensor,
+    ) -> Tensor:
+        """As `flow_errors`; aligned in training, for as many steps as the configuration says."""
+        alignment, config = None, self.alignment
+        if config and model.training and (config.steps is None or draws.step < config.steps):
+            alignment = Alignment(config.block, *self.features(clean), config.weight)
+        return flow_errors(model, clean, noise, level, self.direction, alignment, **condition)
+
+    def _add_alignment(self, config: AlignmentConfig, model: Any, device: torch.device) -> None:
+        """Load the network that gives the features, and put the head that makes them into the model."""
+        if self.data.vae is not None:
+            raise ValueError(f"objective.alignment is for pipelines of pixels, got {self.data.pipeline}")
+        if not 1 <= config.block <= len(model.transformer_blocks):
+            raise ValueError(
+                f"objective.alignment.block must be from 1 to {len(model.transformer_blocks)}, "
+                f"got {config.block}"
+            )
+        self.features = FeatureNetwork(config, model.config.patch_size, device)
+        dim = model.config.num_attention_heads * model.config.attention_head_dim
+        AlignmentHead(dim, config.hidden or dim, self.features.width).attach(model)
+        if config.steps is not None:
+            model.has_unread_parameters = True  # the head's, after these steps
 
 
 # --- Time ---------------------------------------------------------------------------------------------------
@@ -65,27 +158,7 @@ def velocity(data: Tensor, noise: Tensor, direction: Direction) -> Tensor:
     return data - noise if direction == "data" else noise - data
 
 
-@dataclass
-class Alignment:
-    """What the tokens of a block shall say: the features of a picture (REPA, Yu et al. 2024, arXiv
-    2410.06940, eq. 8). The published models take DINOv2's, with weight 0.5, in the first part of training.
-
-    Attributes:
-        head: Makes features (B, N, F) of tokens (B, N, D).
-        block: Patch block that is read, counted from 1: 8 in the published class model, 6 in the text model.
-        features: Of the clean pictures, (B, M, F).
-        feature_grid: Their rows and columns, M = rows · columns.
-        weight: Of this loss beside the velocity's.
-    """
-
-    head: nn.Module
-    block: int
-    features: Tensor
-    feature_grid: tuple[int, int]
-    weight: float = 0.5
-
-
-def flow_loss(
+def flow_errors(
     model: nn.Module,
     data: Tensor,
     noise: Tensor,
@@ -94,7 +167,7 @@ def flow_loss(
     alignment: Alignment | None = None,
     **condition: Any,
 ) -> Tensor:
-    """Mean squared error of the velocity, plus the alignment's.
+    """Mean squared errors of the velocity, plus the alignment's.
 
     Args:
         model: A PixelDiT, or one with its interface.
@@ -102,10 +175,11 @@ def flow_loss(
         noise: Standard normal numbers of that shape.
         sigma: Noise levels, (B,).
         direction: Where the model's time and velocity point.
+        alignment: What the tokens of a block shall say, for a model with an `AlignmentHead`.
         condition: Of the model, by argument.
 
     Returns:
-        A scalar, float32.
+        One error for each sample, (B,), float32.
 
     Raises:
         ValueError: `direction` is neither of the two.
@@ -119,74 +193,11 @@ def flow_loss(
         return_dict=False,
         **condition,
     )
-    loss = F.mse_loss(predicted.float(), velocity(data, noise, direction).float())
+    errors = (predicted.float() - velocity(data, noise, direction).float()).square().flatten(1).mean(1)
     if alignment is None:
-        return loss
+        return errors
     # Squares of pixels in patches: the tokens' grid has the picture's shape.
-    (tokens,) = states
-    patch = (data.shape[2] * data.shape[3] // tokens.shape[1]) ** 0.5
+    (projected,) = states
+    patch = (data.shape[2] * data.shape[3] // projected.shape[1]) ** 0.5
     grid = (round(data.shape[2] / patch), round(data.shape[3] / patch))
-    return loss + alignment.weight * alignment_loss(
-        alignment.head(tokens), grid, alignment.features, alignment.feature_grid
-    )
-
-
-# --- Alignment ----------------------------------------------------------------------------------------------
-
-
-class AlignmentHead(nn.Sequential):
-    """The perceptron of three layers that turns a model's tokens into another network's features. It serves
-    training alone.
-
-    Args:
-        dim: Width of the tokens.
-        hidden: Width between the layers: `dim` in the published class model, 2048 in the text model.
-        features: Width of the features, 768 of DINOv2 ViT-B/14.
-    """
-
-    def __init__(self, dim: int, hidden: int, features: int = 768):
-        super().__init__(
-            nn.Linear(dim, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, features),
-        )
-
-
-def alignment_loss(
-    projected: Tensor, grid: tuple[int, int], features: Tensor, feature_grid: tuple[int, int]
-) -> Tensor:
-    """1 - cosine between tokens and features at the same place, in the mean over places and pictures.
-
-    Args:
-        projected: (B, N, F), laid out on `grid`. Where the features' grid is coarser they are pooled to it,
-            where it is finer they are interpolated.
-        features: (B, M, F), laid out on `feature_grid`.
-
-    Returns:
-        A scalar from 0 to 2, float32.
-
-    Raises:
-        ValueError: A shape does not fit its grid, or the two do not fit each other.
-    """
-    for name, x, (rows, columns) in (("projected", projected, grid), ("features", features, feature_grid)):
-        if x.ndim != 3 or x.shape[1] != rows * columns:
-            raise ValueError(
-                f"{name} must be (batch, {rows} * {columns}, channels) on a grid of {rows} x {columns}, "
-                f"got {tuple(x.shape)}"
-            )
-    if projected.shape[::2] != features.shape[::2]:
-        raise ValueError(
-            f"projected and features must agree in batch and channels, got {tuple(projected.shape)} and "
-            f"{tuple(features.shape)}"
-        )
-    x = projected.float()
-    if grid != feature_grid:
-        x = x.transpose(1, 2).unflatten(2, grid)  # (B, F, h, w)
-        if feature_grid[0] * feature_grid[1] < grid[0] * grid[1]:
-            x = F.adaptive_avg_pool2d(x, feature_grid)
-        else:
-            x = F.interpolate(x, feature_grid, mode="bilinear")
-        x = x.flatten(2).transpose(1, 2)
-    return 1 - F.cosine_similarity(x, features.float(), dim=-1).mean()
+    return errors + alignment.weight * alignment_errors(projected, grid, alignment.features, alignment.grid)

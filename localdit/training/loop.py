@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
@@ -60,8 +60,12 @@ def train(config: Config, resume: str = "auto") -> Path:
     options, run = config.train, Path(config.output_dir)
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
+    data_parallel = DistributedDataParallelKwargs()
     accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, log_with=list(options.log_with) or None, project_dir=run
+        mixed_precision=options.mixed_precision,
+        log_with=list(options.log_with) or None,
+        project_dir=run,
+        kwargs_handlers=[data_parallel],
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(options.seed)
@@ -74,6 +78,8 @@ def train(config: Config, resume: str = "auto") -> Path:
         data = objective.prepare(bare_model, run, accelerator, stop)
         bare_model.to(accelerator.device)
         optimizer = build_optimizer(bare_model, options)
+        # Without being told, processes wait for the gradients of parameters that nothing reads.
+        data_parallel.find_unused_parameters = getattr(bare_model, "has_unread_parameters", False)
         model, optimizer = accelerator.prepare(bare_model, optimizer)
         bare_model = accelerator.unwrap_model(model)
         parameters = trained(bare_model)
@@ -115,7 +121,7 @@ def train(config: Config, resume: str = "auto") -> Path:
                 group["lr"] = rate(step) * group["learning_rate_scale"]
             for accumulated in range(1, options.gradient_accumulation + 1):
                 batch, positions = usable(next(batches), data, journal)
-                draws = Draws(options.seed, positions, accelerator.device)
+                draws = Draws(options.seed, positions, accelerator.device, step)
                 seed_dropout(options.seed, step, accumulated, rank)
                 last = accumulated == options.gradient_accumulation
                 with (

@@ -12,6 +12,7 @@ from localdit.training.autoencoder import Autoencoding
 from localdit.training.config import build
 from localdit.training.denoising import Denoising
 from localdit.training.edm import EDM
+from localdit.training.flow import RectifiedFlow
 from localdit.training.order import Draws
 from localdit.training.stopping import StopRequest
 from localdit.training.text_encoder import SceneParsing
@@ -49,6 +50,7 @@ OBJECTIVES = {
     "autoencoding": Autoencoding,
     "denoising": Denoising,
     "edm": EDM,
+    "rectified_flow": RectifiedFlow,
     "scene_parsing": SceneParsing,
 }
 

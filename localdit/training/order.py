@@ -128,10 +128,13 @@ class Draws:
     """Random numbers for the samples of a batch: each sample's depend on the seed and its position alone.
 
     They are drawn on the CPU, so that they are the same on every device.
+
+    Attributes:
+        step: The optimizer step that they are for, from 0: what a run changes on its way goes by it.
     """
 
-    def __init__(self, seed: int, positions: Sequence[int], device: torch.device):
-        self.device = device
+    def __init__(self, seed: int, positions: Sequence[int], device: torch.device, step: int = 0):
+        self.device, self.step = device, step
         self.generators = [torch.Generator().manual_seed(self.seed(seed, position)) for position in positions]
 
     @staticmethod

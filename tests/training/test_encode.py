@@ -248,6 +248,13 @@ def test_what_depends_on_an_option_takes_another_name_when_it_changes(config, ch
         assert all((getattr(a, kind) != getattr(b, kind)) == (kind in kinds) for a, b in zip(before, after))
 
 
+def test_squares_alone_are_other_pictures_with_the_same_captions(config):
+    source, square = Memory(30), dataclasses.replace(config, square=True)
+    before, after = list(plan(source, config, IDENTITIES)), list(plan(source, square, IDENTITIES))
+    assert [piece.images for piece in before] != [piece.images for piece in after]
+    assert [piece.text for piece in before] == [piece.text for piece in after]
+
+
 @pytest.mark.parametrize(
     ("part", "kind"), [("vae", "images"), ("text_encoder", "text"), ("tokenizer", "text")]
 )

@@ -1,4 +1,4 @@
-"""Rectified flow in both directions of time, and the alignment of tokens with another network's features."""
+"""Rectified flow in both directions of time."""
 
 import math
 from typing import Any
@@ -8,14 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from localdit.models.pixeldit import PixelDiTTransformer2DModel
-from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
 from localdit.schedulers.flow_adams_bashforth import FlowAdamsBashforthScheduler
 from localdit.training.flow import (
-    Alignment,
-    AlignmentHead,
     Direction,
-    alignment_loss,
-    flow_loss,
+    flow_errors,
     model_time,
     noise_levels,
     noisy_sample,
@@ -107,14 +103,13 @@ class Oracle(nn.Module):
 def test_an_oracle_has_no_loss_and_a_model_of_the_other_direction_has(direction):
     data, noise, sigma = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.9])
     oracle = Oracle(data, direction)
-    assert flow_loss(oracle, data, noise, sigma, direction, class_labels="seen") < 1e-9
+    assert flow_errors(oracle, data, noise, sigma, direction, class_labels="seen").max() < 1e-9
     assert oracle.calls == [{"class_labels": "seen", "return_hidden_state_of": None, "return_dict": False}]
-    assert (
-        flow_loss(Oracle(data, "noise" if direction == "data" else "data"), data, noise, sigma, direction) > 1
-    )
+    other = Oracle(data, "noise" if direction == "data" else "data")
+    assert flow_errors(other, data, noise, sigma, direction).min() > 1
 
 
-def test_the_loss_is_the_mean_square_written_out():
+def test_the_errors_are_mean_squares_written_out():
     torch.manual_seed(0)
     model = PixelDiTTransformer2DModel(
         patch_size=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_pixel_layers=1,
@@ -123,19 +118,18 @@ def test_the_loss_is_the_mean_square_written_out():
     nn.init.normal_(model.proj_out.weight)
     data, noise, labels = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12), torch.tensor([1, 5])
     times = torch.tensor([0.2, 0.9])
-    loss = flow_loss(model, data, noise, 1 - times, "data", class_labels=labels)
-    total = 0.0
     with torch.no_grad():
+        errors = flow_errors(model, data, noise, 1 - times, "data", class_labels=labels)
         for i in range(2):
             sample = times[i] * data[i] + (1 - times[i]) * noise[i]
             predicted = model(sample[None], times[i], labels[i : i + 1]).sample[0]
-            total += (predicted - (data[i] - noise[i])).square().sum().item()
-    torch.testing.assert_close(loss.item(), total / data.numel(), rtol=1e-5, atol=0)
-    assert loss.dtype == torch.float32
-    assert flow_loss(model.bfloat16(), data.bfloat16(), noise.bfloat16(), 1 - times, "data",
-                     class_labels=labels).dtype == torch.float32  # fmt: skip
+            by_hand = (predicted - (data[i] - noise[i])).square().mean()
+            torch.testing.assert_close(errors[i], by_hand, rtol=1e-5, atol=0)
+        in_16_bits = flow_errors(model.bfloat16(), data.bfloat16(), noise.bfloat16(), 1 - times, "data",
+                                 class_labels=labels)  # fmt: skip
+    assert errors.dtype == in_16_bits.dtype == torch.float32
     with pytest.raises(ValueError, match="direction must be 'data' or 'noise', got 'up'"):
-        flow_loss(model, data, noise, 1 - times, "up", class_labels=labels)  # type: ignore[arg-type]
+        flow_errors(model, data, noise, 1 - times, "up", class_labels=labels)  # type: ignore[arg-type]
 
 
 def test_what_a_model_learns_its_sampler_follows():
@@ -157,9 +151,9 @@ def test_what_a_model_learns_its_sampler_follows():
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     for _ in range(100):
         sigma = noise_levels(torch.randn(8)).clamp(min=0.05)
-        loss = flow_loss(model, picture.expand(8, 3, 8, 8), torch.randn(8, 3, 8, 8), sigma, "data")
+        errors = flow_errors(model, picture.expand(8, 3, 8, 8), torch.randn(8, 3, 8, 8), sigma, "data")
         optimizer.zero_grad()
-        loss.backward()
+        errors.mean().backward()
         optimizer.step()
     scheduler = FlowAdamsBashforthScheduler()
     scheduler.set_timesteps(10)
@@ -168,95 +162,3 @@ def test_what_a_model_learns_its_sampler_follows():
         for t, level in zip(scheduler.timesteps, scheduler.sigmas):
             x = scheduler.step(-model(x, 1 - level[None])[0], t, x).prev_sample
     assert (x - picture).abs().max() < 0.1
-
-
-# --- Alignment
-
-
-def test_the_published_heads_have_the_published_size():
-    """With the text model's, the published count is 1,311,388,547."""
-    with torch.device("meta"):
-        head = AlignmentHead(1536, 2048)
-        model = PixelDiTTextTransformer2DModel()
-        class_head = AlignmentHead(1152, 1152)
-    count = sum(p.numel() for p in head.parameters())
-    assert count == 8_917_760
-    assert count + sum(p.numel() for p in model.parameters()) == 1_311_388_547
-    assert [tuple(p.shape) for p in class_head.parameters() if p.ndim == 2] == [
-        (1152, 1152),
-        (1152, 1152),
-        (768, 1152),
-    ]
-
-
-def test_alignment_is_one_minus_the_cosine():
-    features = torch.randn(2, 6, 5)
-    grid = (2, 3)
-    assert alignment_loss(3 * features, grid, features, grid) < 1e-6
-    torch.testing.assert_close(alignment_loss(-features, grid, features, grid), torch.tensor(2.0))
-    other = torch.randn(2, 6, 5)
-    by_hand = [
-        1 - (a @ b / (a.norm() * b.norm())).item() for a, b in zip(other.view(12, 5), features.view(12, 5))
-    ]
-    torch.testing.assert_close(alignment_loss(other, grid, features, grid).item(), sum(by_hand) / 12)
-
-
-def test_tokens_on_another_grid_are_pooled_or_interpolated():
-    """On a finer grid four tokens count as their mean; on a coarser one neighbours are mixed."""
-    fine = torch.randn(1, 2, 2, 3, 2, 5)  # (B, h, 2, w, 2, F)
-    coarse = fine.mean((2, 4)).flatten(1, 2)
-    tokens = fine.flatten(3, 4).flatten(1, 3)
-    assert alignment_loss(tokens, (4, 6), coarse, (2, 3)) < 1e-6
-    two = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # a row of two tokens
-    four = torch.tensor([[[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]])
-    assert alignment_loss(two, (1, 2), four, (1, 4)) < 1e-6
-
-
-@both
-def test_alignment_reads_the_block_that_is_asked_for_and_trains_it(direction):
-    torch.manual_seed(0)
-    sizes = {"patch_size": 4, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8,
-             "num_pixel_layers": 1, "pixel_dim": 4}  # fmt: skip
-    model: Any
-    if direction == "data":
-        model = PixelDiTTransformer2DModel(**sizes, num_classes=5)
-        condition = {"class_labels": torch.tensor([1, 2])}
-    else:
-        model = PixelDiTTextTransformer2DModel(
-            **sizes,
-            pixel_num_attention_heads=1,
-            pixel_attention_head_dim=8,
-            caption_channels=6,
-            max_text_tokens=4,
-        )
-        condition = {"encoder_hidden_states": torch.randn(2, 4, 6)}
-    data, noise, sigma = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 8, 12), torch.tensor([0.4, 0.7])
-    features = torch.randn(2, 6, 7)
-    head = AlignmentHead(16, 10, 7)
-    alignment = Alignment(head, block=2, features=features, feature_grid=(2, 3))
-    plain = flow_loss(model, data, noise, sigma, direction, **condition)
-    whole = flow_loss(model, data, noise, sigma, direction, alignment, **condition)
-    tokens = model(
-        noisy_sample(data, noise, sigma), model_time(sigma, direction), return_hidden_state_of=2, **condition
-    ).hidden_state
-    extra = alignment_loss(head(tokens), (2, 3), features, (2, 3))
-    torch.testing.assert_close(whole, plain + 0.5 * extra)
-    whole.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
-    assert model.transformer_blocks[0].modulation.weight.grad.abs().max() > 0
-    later = model.transformer_blocks[2].modulation.weight.grad
-    assert later is None or not later.any()  # the prediction is zero still, and this block comes after
-
-
-@pytest.mark.parametrize(
-    ("projected", "features", "message"),
-    [
-        ((2, 5, 3), (2, 6, 3), r"projected must be \(batch, 2 \* 3, channels\) .* got \(2, 5, 3\)"),
-        ((2, 6, 3), (2, 7, 3), r"features must be .* got \(2, 7, 3\)"),
-        ((2, 6, 3), (2, 6, 4), r"must agree in batch and channels, got \(2, 6, 3\) and \(2, 6, 4\)"),
-        ((1, 6, 3), (2, 6, 3), "must agree in batch and channels"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(projected, features, message):
-    with pytest.raises(ValueError, match=message):
-        alignment_loss(torch.randn(projected), (2, 3), torch.randn(features), (2, 3))
