@@ -1,5 +1,5 @@
-"""The EDM objective (Karras et al. 2022, arXiv 2206.00364, eqs. 7 and 8), on all tokens or on those that a model
-keeps in training (MicroDiT, arXiv 2407.15811, section 3.1)."""
+"""The EDM objective (Karras et al. 2022, arXiv 2206.00364, eqs. 7 and 8), on all tokens or on those that a
+model keeps in training (MicroDiT, arXiv 2407.15811, section 3.1)."""
 
 import math
 from dataclasses import dataclass, field

@@ -8,12 +8,12 @@ take the steps that one would.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
@@ -67,6 +67,8 @@ def train(config: Config, resume: str = "auto") -> Path:
         project_dir=run,
         kwargs_handlers=[data_parallel],
     )
+    if accelerator.is_fsdp2:
+        reduce_in_float32(accelerator.state.fsdp_plugin)
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(options.seed)
     objective = build_objective(config.objective)
@@ -311,6 +313,12 @@ def attention_kernels(accelerator: Accelerator) -> AbstractContextManager[Any]:
     """On a CPU in 16 bits the flash kernel's backward pass takes ten times that of plain matrix products."""
     plain = accelerator.device.type == "cpu" and accelerator.mixed_precision != "no"
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+def reduce_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let FSDP2 add up the gradients of all processes in float32, where accelerate has it use 16 bits."""
+    if policy := plugin.mixed_precision_policy:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
 def gradient_norm(accelerator: Accelerator, parameters: Iterable[nn.Parameter], maximum: float) -> float:

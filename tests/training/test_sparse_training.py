@@ -25,7 +25,7 @@ from localdit import SparseDiTPipeline
 from localdit.training import edm
 from localdit.training.checkpoint import find_checkpoint, load_checkpoint
 from localdit.training.config import Config, TrainConfig
-from localdit.training.loop import learning_rate, starting_model, train
+from localdit.training.loop import learning_rate, reduce_in_float32, starting_model, train
 from localdit.training.state import capture, restore
 from localdit.training.throughput import Throughput
 
@@ -88,10 +88,10 @@ def stage(name: str, folder: Path, frozen: Path) -> Config:
     options = {
         key: value for key, value in values["train"].items() if key not in ("num_workers", "batch_size")
     }
-    options |= {"max_steps": 3, "preview_every": 3, "validate_every": 3, "ema_start": 1, "log_every": 1}
+    options |= {"max_steps": 2, "preview_every": 2, "validate_every": 2, "ema_start": 1, "log_every": 1}
     options |= {"gradient_accumulation": min(options.get("gradient_accumulation", 1), 2)}
     options |= {"warmup_steps": min(options["warmup_steps"], 1)}
-    objective = {**published, "validation_samples": 2, "preview_steps": 2}
+    objective = {**published, "validation_samples": 1, "preview_steps": 2}
     config = toy_run(
         folder / name, frozen, pixels=values["model"]["sample_size"] * 2, objective=objective, **options
     )
@@ -142,7 +142,7 @@ def test_the_four_stages_follow_each_other(tmp_path, frozen, monkeypatch):
         (measured,) = (line for line in log(tmp_path / name) if "validation_loss" in line)
         assert 0.1 < measured["validation_loss"] < 2
         assert 0 <= log(tmp_path / name)[0]["experts/untaken"] < 1
-        assert (tmp_path / name / "preview-00000003.png").is_file()
+        assert (tmp_path / name / "preview-00000002.png").is_file()
         pipe = SparseDiTPipeline.from_pretrained(final)
         pipe.set_progress_bar_config(disable=True)
         assert pipe("a red star", num_inference_steps=2).images[0].size == (pixels, pixels)
@@ -232,6 +232,16 @@ def test_the_cosine_ends_at_its_floor():
         assert rate(step) == pytest.approx(2.4 * (0.33 + 0.67 * half_wave), rel=1e-5)
     with pytest.raises(ValueError, match=r"train\.learning_rate_floor must be at most 1, got 1\.5"):
         replace(options, learning_rate_floor=1.5)
+
+
+def test_fsdp2_computes_in_16_bits_and_adds_gradients_up_in_32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    reduce_in_float32(plugin)
+    assert plugin.mixed_precision_policy is None
+    plugin.set_mixed_precision("bf16")
+    reduce_in_float32(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_fsdp2_shards_by_block_and_computes_the_same(tmp_path):
