@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
-from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel, Gemma2Model
+from transformers import AutoConfig, AutoTokenizer
 
 from localdit.files import staged_folder
 from localdit.models import (
@@ -28,6 +28,7 @@ from localdit.models.pixeldit_text import PixelDiTTextTransformer2DModel
 from localdit.models.single_file import SingleFileReport, config_fields, read_state_dict
 from localdit.models.sparse_dit import SparseDiTTransformer2DModel
 from localdit.pipelines import pixeldit_text
+from localdit.pipelines.common import text_encoder_class
 from localdit.pipelines.ledit import LEDiTPipeline
 from localdit.pipelines.local_dit import LocalDiTPipeline
 from localdit.pipelines.pixeldit import PixelDiTPipeline
@@ -42,8 +43,6 @@ VAE = "stabilityai/sdxl-vae"
 TEXT_ENCODER = "google/flan-t5-xxl"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
-# Text encoders that transformers' AutoModelForTextEncoding does not know as such, by their config.
-TEXT_MODELS = {"clip": CLIPTextModel, "gemma2": Gemma2Model}
 OUR_SCHEDULERS: dict[str, Any] = {
     cls.__name__: cls for cls in (EDMHeunScheduler, FlowAdamsBashforthScheduler)
 }
@@ -296,7 +295,7 @@ def load_parts(
             # Before the text encoder is loaded, which may be ten times the rest.
             config = _read("text_encoder", place, AutoConfig.from_pretrained)
             _check_text(model, parts["tokenizer"], getattr(config, "text_config", config))
-            text_class = TEXT_MODELS.get(config.model_type, AutoModelForTextEncoding)
+            text_class = text_encoder_class(config)
             parts["text_encoder"] = _load("text_encoder", place, text_class, dtype=dtype or "auto")
     return kind.pipeline(**parts), report
 

@@ -321,7 +321,7 @@ def test_a_part_that_cannot_be_loaded_is_named(parts, tmp_path, change, message)
 
 
 def test_parts_that_do_not_fit_are_refused_before_the_text_encoder_is_loaded(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "AutoModelForTextEncoding", None)
+    monkeypatch.setattr(conversion, "text_encoder_class", None)
 
     def assembling(**changes):
         return assemble_pipeline(tmp_path / "pipeline", **parts | changes)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeAlias, Union
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -162,6 +163,16 @@ def read_labels(class_labels: Any, names: Mapping[str, int], classes: int) -> li
             raise ValueError(f"class_labels must be integers from 0 to {classes} or names, got {value!r}")
         labels.append(label)
     return labels
+
+
+def text_encoder_class(config: Any) -> Any:
+    """The class of transformers that encodes text with weights of this config.
+
+    Of whole models, a CLIP with its eyes or a Gemma that goes on with a text, it is the part that a pipeline
+    reads.
+    """
+    parts = {"clip": "CLIPTextModel", "gemma2": "Gemma2Model"}
+    return getattr(transformers, parts.get(config.model_type, "AutoModelForTextEncoding"))
 
 
 def lost_words(tokenizer: Any, text: str, length: int) -> str:

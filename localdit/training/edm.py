@@ -83,11 +83,11 @@ class EDM(Diffusion):
         **condition: Tensor,
     ) -> Tensor:
         """As `edm_loss`; in training, of the tokens that are kept."""
-        masking: dict[str, Any] = {}
+        options: dict[str, Any] = dict(condition)
         if self.mask_ratio and model.training:
             tokens = clean.shape[2] * clean.shape[3] // self.patch_size**2
-            masking = {"mask_ratio": self.mask_ratio, "mask_noise": draws.uniform(tokens)}
-        return edm_loss(model, clean, level, noise, sigma_data=self.sigma_data, **masking, **condition)
+            options |= {"mask_ratio": self.mask_ratio, "mask_noise": draws.uniform(tokens)}
+        return edm_loss(model, clean, level, noise, sigma_data=self.sigma_data, **options)
 
 
 def edm_sigma(normal: Tensor, mean: float, std: float) -> Tensor:

@@ -35,7 +35,7 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import localdit
 from localdit.assets import MINI
@@ -46,7 +46,12 @@ from localdit.data.records import Bad, Record
 from localdit.data.sources import Source, open_source
 from localdit.files import locked, staged_file
 from localdit.pipelines import find_pipeline
-from localdit.pipelines.common import VAE_REMEDY, float32_where_asked, require_finite
+from localdit.pipelines.common import (
+    VAE_REMEDY,
+    float32_where_asked,
+    require_finite,
+    text_encoder_class,
+)
 from localdit.training.stopping import Stopped, StopRequest
 
 # B batch   C latent channels   H W picture   h w latent   T text tokens   K channels of the text features
@@ -64,7 +69,6 @@ _NEEDED = {  # one of these, since the libraries make up what they do not find
     "text_encoder": (".safetensors",),
     "tokenizer": ("tokenizer.json", "spiece.model"),
 }
-DECODERS = ("gemma2",)  # language models that serve as text encoders
 PREPROCESSING = 1  # raised with whatever changes what is made of the same picture and caption
 
 
@@ -378,10 +382,8 @@ def load_text_parts(config: EncodeConfig, device: torch.device) -> dict[str, Any
     assert config.text_encoder is not None
     assert config.tokenizer is not None
     tokenizer = AutoTokenizer.from_pretrained(find_encoder(config.tokenizer, "tokenizer"))
-    kind = AutoConfig.from_pretrained(find_encoder(config.text_encoder, "text_encoder")).model_type
-    # Of a network that goes on with a text the states are read, which is no text encoding to transformers.
-    encoder_class = AutoModel if kind in DECODERS else AutoModelForTextEncoding
-    encoder = load_encoder(encoder_class, config.text_encoder, "text_encoder", config.text_encoder_dtype)
+    kind = text_encoder_class(AutoConfig.from_pretrained(find_encoder(config.text_encoder, "text_encoder")))
+    encoder = load_encoder(kind, config.text_encoder, "text_encoder", config.text_encoder_dtype)
     return {"tokenizer": tokenizer, "text_encoder": encoder.to(device)}
 
 
