@@ -25,7 +25,7 @@ class Journal:
 
     - config.yaml: all that the run depends on.
     - log.jsonl: loss, gradient norm, learning rate and speed every `train.log_every` steps, and validation
-      losses. A run that goes on from a checkpoint forgets the lines of later steps, which it takes again.
+      losses. A run that goes on from a checkpoint forgets the lines of what it does again.
     - preview-<step>.png.
     - unusable-<process>.jsonl: name and reason of each sample that was passed over.
     """
@@ -40,7 +40,10 @@ class Journal:
             (self.folder / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
             path = self.folder / "log.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+            taken = [json.loads(line) for line in lines]
+            # What was validated after the last of these steps is validated again.
+            kept = [one["step"] < start or (one["step"] == start and "loss" in one) for one in taken]
+            path.write_text("".join(line for line, keep in zip(lines, kept) if keep))
         if self.options.log_with:
             accelerator.init_trackers("localdit", {"config": json.dumps(asdict(config))})
 

@@ -118,6 +118,20 @@ def train(config: Config, resume: str = "auto") -> Path:
         model.train()
         skipped_in_a_row = 0
 
+        def look(done: int) -> None:
+            """Validate and preview, where that is due after so many steps. A run that is stopped before or in
+            this does it when it goes on."""
+            if options.validate_every and done % options.validate_every == 0:
+                with averaged(bare_model, ema, optimizer):
+                    journal.validation(done, objective.validate(bare_model, accelerator, stop))
+            if options.preview_every and done % options.preview_every == 0:
+                with averaged(bare_model, ema, optimizer):
+                    journal.preview(done, objective.preview(bare_model, stop))
+
+        if checkpoint:
+            look(start)
+            if stop.anywhere(accelerator):
+                raise Stopped(f"stopped after step {start}; the same command goes on from there")
         for step in journal.progress(steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step) * group["learning_rate_scale"]
@@ -154,8 +168,10 @@ def train(config: Config, resume: str = "auto") -> Path:
             if done % options.log_every == 0 or done == options.max_steps:
                 figures = {**throughput.report(world), **objective.report(bare_model)}
                 journal.steps(done, norm, rate(step), figures)
-            stopping = stop.anywhere(accelerator)
             failing = skipped_in_a_row > options.max_skipped_steps
+            if not failing:
+                look(done)
+            stopping = stop.anywhere(accelerator)
             if done % options.save_every == 0 or done == options.max_steps or stopping:
                 tensors, values = capture(bare_model, ema, optimizer)
                 if accelerator.is_main_process and not failing:
@@ -170,12 +186,6 @@ def train(config: Config, resume: str = "auto") -> Path:
                 )
             if stopping:
                 raise Stopped(f"stopped after step {done}; the same command goes on from there")
-            if options.validate_every and done % options.validate_every == 0:
-                with averaged(bare_model, ema, optimizer):
-                    journal.validation(done, objective.validate(bare_model, accelerator, stop))
-            if options.preview_every and done % options.preview_every == 0:
-                with averaged(bare_model, ema, optimizer):
-                    journal.preview(done, objective.preview(bare_model, stop))
 
         with averaged(bare_model, ema, optimizer):
             finished, _ = capture(bare_model, ema, optimizer)

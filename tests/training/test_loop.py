@@ -97,6 +97,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines]
 
 
+def validations(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+
+
 def newest(run: Path) -> dict[str, dict[str, torch.Tensor]]:
     return load_checkpoint(find_checkpoint(run, "auto"))[0]
 
@@ -246,6 +251,11 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_from_it(tmp_path, frozen, mo
     whole.objective["validation_samples"] = 4
     train(whole)
     assert_same(newest(tmp_path), newest(tmp_path / "whole"))
+    assert validations(tmp_path) == validations(tmp_path / "whole")
+    assert [step for step, _ in validations(tmp_path)] == [2, 4]
+    for step in (2, 4):
+        preview = f"preview-{step:08d}.png"
+        assert (tmp_path / preview).read_bytes() == (tmp_path / "whole" / preview).read_bytes()
 
 
 def test_sigterm_while_the_cache_is_filled_keeps_its_shards(tmp_path, frozen, monkeypatch):
