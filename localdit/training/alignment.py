@@ -73,11 +73,6 @@ class AlignmentHead(nn.Sequential):
             nn.Linear(hidden, features),
         )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its weights."""
-        return next(self.parameters()).dtype
-
     def attach(self, model: nn.Module) -> None:
         """Make this a part of the model, whose forward then returns features in place of tokens.
 
@@ -89,7 +84,7 @@ class AlignmentHead(nn.Sequential):
             if len(output) == 1:
                 return output
             sample, tokens = output
-            return sample, self(tokens.to(self.dtype))
+            return sample, self(tokens.to(next(self.parameters()).dtype))
 
         model.register_forward_hook(project)
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from localdit import PixelDiTPipeline, PixelDiTTextPipeline
+from localdit.training import loop
 from localdit.training.checkpoint import find_checkpoint, load_checkpoint
 from localdit.training.config import Config, TrainConfig
 from localdit.training.flow import model_time, velocity
@@ -181,14 +183,44 @@ def test_alignment_counts_for_as_many_steps_as_it_is_given(tmp_path, frozen):
     assert extra[2:] == [0, 0]
 
 
-@pytest.mark.parametrize("kind", ["class, with alignment that ends", "text, with alignment"])
-def test_two_processes_take_the_steps_of_one(tmp_path, frozen, kind):
-    """Though nothing reads what the last block makes of the text, nor the alignment's head after its end."""
+def test_a_lower_rate_goes_on_from_the_checkpoint_in_the_same_folder(tmp_path):
+    """As configs/pixeldit/xl_256_low_rate.yaml does: with moments and averages, but the new run's rate."""
+    first = of_classes(tmp_path / "run", max_steps=2, learning_rate=1e-3)
+    rest = of_classes(tmp_path / "run", max_steps=4, learning_rate=1e-4, max_grad_norm=0.5)
+    rest = replace(rest, init_from=str(tmp_path / "run" / "final"))
+    with pytest.raises(ValueError, match="init_from must be the folder of a saved model"):
+        train(rest)
+    final = train(first)
+    train(rest)
+    unbroken = of_classes(tmp_path / "unbroken", max_steps=3, learning_rate=1e-3)
+    train(unbroken)
+    assert [line["learning_rate"] for line in log(tmp_path / "run")] == [1e-3, 1e-3, 1e-4, 1e-4]
+    assert losses(tmp_path / "run")[:3] == losses(tmp_path / "unbroken")
+    averages = newest(tmp_path / "run")["ema"]
+    exported = load_file(final / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(exported[name], averages[name]) for name in averages)
+
+
+def test_parameters_without_gradients_are_made_known(tmp_path, frozen, monkeypatch):
+    """Those of the text's last half block, and of an alignment's head after its end."""
+    told = []
+
+    def handler() -> DistributedDataParallelKwargs:
+        told.append(DistributedDataParallelKwargs())
+        return told[-1]
+
+    monkeypatch.setattr(loop, "DistributedDataParallelKwargs", handler)
     alignment = {"features": str(frozen / "dinov2"), "block": 1}
-    if kind.startswith("class"):
-        alone = of_classes(tmp_path / "alone", {**alignment, "steps": 2}, batch_size=4)
-    else:
-        alone = of_text(tmp_path / "alone", frozen, alignment, batch_size=4)
+    train(of_classes(tmp_path / "whole", alignment, max_steps=1))
+    train(of_classes(tmp_path / "ending", {**alignment, "steps": 1}, max_steps=1))
+    train(of_text(tmp_path / "text", frozen, max_steps=1))
+    assert [each.find_unused_parameters for each in told] == [False, True, True]
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path, frozen):
+    """Though nothing reads what the last block makes of the text, nor the alignment's head after its end."""
+    alignment = {"features": str(frozen / "dinov2"), "block": 1, "steps": 2}
+    alone = of_text(tmp_path / "alone", frozen, alignment, batch_size=4)
     train(alone)
     together = replace(alone, output_dir=str(tmp_path / "together"))
     together = replace(together, train=replace(alone.train, batch_size=2))
