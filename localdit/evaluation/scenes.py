@@ -1,14 +1,25 @@
-"""Scene accuracy: does a picture show what its prompt says, in combinations never trained on?"""
+"""Scene accuracy: does a picture show its class, or what its prompt says in combinations never trained on?"""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from localdit.data.scenes import Caption, Scene, SceneObject, canonical, captions, detect, scene
+from localdit.data.scenes import (
+    COLORS,
+    SHAPES,
+    Caption,
+    Scene,
+    SceneObject,
+    canonical,
+    captions,
+    class_name,
+    detect,
+    scene,
+)
 from localdit.evaluation.generation import draw
 
 
@@ -79,6 +90,33 @@ def evaluation_prompts(count: int, seed: int) -> Iterator[tuple[Scene, Caption]]
             yield described, random.Random(f"{seed}/{index}/evaluation").choice(captions(described))
 
 
+def class_prompts(names: Mapping[str, int], count: int) -> Iterator[tuple[Scene, Caption]]:
+    """Classes in turn, by label, each as a scene of one object and a caption that is the class's name. Sizes,
+    places and backgrounds are no class's matter, nor the caption's.
+
+    Args:
+        names: The label of each name, as `labels` of a pipeline.
+        count: How many.
+
+    Raises:
+        ValueError: A class is not called as `class_name` calls scenes, or there is none.
+    """
+    objects = (SceneObject(color, shape, "large", 0.5, 0.5, 0.17) for color in COLORS for shape in SHAPES)
+    known = {class_name(shown): shown for shown in (Scene("white", (one,)) for one in objects)}
+    if not names or (other := [name for name in names if name not in known]):
+        got = repr(other[0]) if names else "no names"
+        raise ValueError(f"classes must be called by colour and shape, as 'red circle', got {got}")
+    ordered = sorted(names, key=lambda name: names[name])
+    for index in range(count):
+        name = ordered[index % len(ordered)]
+        yield known[name], Caption(name, False, False)
+
+
+def prompts_for(names: Mapping[str, int] | None, count: int, seed: int) -> Iterator[tuple[Scene, Caption]]:
+    """What a pipeline is asked for: `class_prompts` where it has names for its labels, None otherwise."""
+    return evaluation_prompts(count, seed) if names is None else class_prompts(names, count)
+
+
 def scene_accuracy(
     described: Sequence[tuple[Scene, Caption]], verdicts: Sequence[Verdict]
 ) -> dict[str, dict[str, float | None]]:
@@ -113,23 +151,36 @@ def evaluate_scenes(
     batch_size: int = 32,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> dict[str, Any]:
-    """Generate pictures of held-out scenes and count what is right in them, without keeping any.
+    """Generate pictures of held-out scenes, or of classes, and count what is right in them, without keeping
+    any.
 
     Args:
-        pipeline: A pipeline that takes prompts of the scenes.
-        count: Prompts, half with one object and half with two.
+        pipeline: A pipeline that takes prompts of the scenes; or one with `labels`, whose classes are colours
+            and shapes, as "red circle".
+        count: Prompts, half with one object and half with two; or pictures of the classes in turn.
         seed: Of the prompts; picture i has its own generator, seeded seed + i.
         batch_size: Pictures at a time. The result does not depend on it.
         num_inference_steps: None for the pipeline's default.
         guidance_scale: None for the pipeline's default.
+        height, width: In pixels; None for the pipeline's default.
 
     Returns:
         `one_object` and `two_objects`: the share of pictures right in each respect.
+
+    Raises:
+        ValueError: The pipeline has classes that are no colours and shapes.
     """
-    options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    options = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+    }
     options = {name: value for name, value in options.items() if value is not None}
-    described = list(evaluation_prompts(count, seed))
+    described = list(prompts_for(getattr(pipeline, "labels", None), count, seed))
     pipeline.set_progress_bar_config(disable=True)
     verdicts: list[Verdict] = []
     for start in tqdm(range(0, count, batch_size), desc="scenes", unit="batch"):

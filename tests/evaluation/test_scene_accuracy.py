@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from localdit.data.scenes import BACKGROUNDS, Scene, SceneObject, is_held_out, render
-from localdit.evaluation.scenes import Caption, evaluate_scenes, evaluation_prompts, judge
+from localdit.data.sources import SceneClasses
+from localdit.evaluation.scenes import Caption, class_prompts, evaluate_scenes, evaluation_prompts, judge
 
 ASIDE, UNDER = {"x": 0.7}, {"x": 0.5, "y": 0.7}
 RED = SceneObject("red", "circle", "small", 0.25, 0.5, 0.11)
@@ -102,3 +104,60 @@ def test_the_shares_count_the_pictures():
     assert result[blank]["color and shape"] == 0.8
     assert result[full]["all attributes"] == 1.0
     assert result["one_object"]["relation"] is None
+
+
+class Painter:
+    """A class-conditional pipeline that paints every class right but two, on any background and at any size:
+    it takes stars for crosses, and pink for nothing at all."""
+
+    def __init__(self, names):
+        self.labels = {name: label for label, name in enumerate(names)}
+        self.asked, self.seeds = [], []
+
+    def set_progress_bar_config(self, **kwargs):
+        assert kwargs == {"disable": True}
+
+    def __call__(self, class_labels, generator, height, width):
+        assert (height, width) == (96, 160)
+        self.asked += class_labels
+        self.seeds += [g.initial_seed() for g in generator]
+        return SimpleNamespace(images=[self.paint(name, g) for name, g in zip(class_labels, generator)])
+
+    def paint(self, name, generator):
+        color, shape = name.split()
+        background = list(BACKGROUNDS)[int(torch.randint(len(BACKGROUNDS), (), generator=generator))]
+        shown = SceneObject(color, "cross" if shape == "star" else shape, "small", 0.4, 0.6, 0.11)
+        return render(Scene(background, (shown,) if color != "pink" else ()), 96)
+
+
+def test_a_class_conditional_pipeline_is_asked_for_its_classes_in_turn():
+    source = SceneClasses(2000)
+    names = sorted({source.record(i).captions[0] for i in range(len(source))})
+    assert len(names) == 48
+    painter = Painter(names)
+    result = evaluate_scenes(painter, count=60, seed=5, batch_size=7, height=96, width=160)
+    assert painter.asked == names + names[:12]
+    assert painter.seeds == list(range(5, 65))
+    pink, star = (sum(word in name for name in painter.asked) for word in ("pink", "star"))
+    pink_star = painter.asked.count("pink star")
+    shares = result["one_object"]
+    assert (shares["count"], shares["color"]) == (1 - pink / 60, 1 - pink / 60)
+    wrong = pink + star - pink_star
+    assert shares["color and shape"] == shares["shape"] == round(1 - wrong / 60, 4)
+    assert shares["size"] is shares["background"] is shares["relation"] is None
+    assert set(result["two_objects"].values()) == {None}
+    assert (result["height"], result["width"]) == (96, 160)
+
+
+def test_classes_go_by_label_whatever_the_order_of_their_names():
+    asked = class_prompts({"red star": 2, "blue circle": 0, "cyan cross": 1}, 4)
+    assert [caption.text for _, caption in asked] == ["blue circle", "cyan cross", "red star", "blue circle"]
+
+
+@pytest.mark.parametrize(
+    ("names", "got"),
+    [({"red circle": 0, "tench": 1, "goldfish": 2}, "'tench'"), ({}, "no names")],
+)
+def test_classes_that_are_no_colours_and_shapes_are_refused(names, got):
+    with pytest.raises(ValueError, match=f"classes must be called .* as 'red circle', got {got}"):
+        evaluate_scenes(Painter(names))
