@@ -332,11 +332,28 @@ def test_schedulers_of_a_flow_keep_its_shift(name, own):
 
 
 def test_evaluate_draws_with_any_pipeline_of_prompts(folders, mistake, capsys):
-    assert "draws labels, not prompts" in mistake(
-        "--scenes", "--model", folders["LEDiTPipeline"], command="evaluate"
-    )
     options = ["--count", "2", "--steps", "1", "--size", "8x12", "--out", "made", "--json"]
     assert cli.main(["evaluate", "--scenes", "--model", folders["PixelDiTTextPipeline"], *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["count"], result["settings"]["guidance"], result["settings"]["steps"]) == (2, 2.75, 1)
     assert read_settings("made/images/00001.png").size == (8, 12)
+
+
+def test_evaluate_asks_a_pipeline_of_labels_for_its_colors_and_shapes(folders, mistake, capsys):
+    model = folders["LEDiTPipeline"]
+    message = mistake("--scenes", "--model", model, command="evaluate")
+    assert "classes must be called by colour and shape, as 'red circle', got" in message
+
+    shutil.copytree(model, "shapes")
+    index = Path("shapes/model_index.json")
+    named = {"0": "red star", "1": "blue cross"}
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": named}))
+    options = ["--model", "shapes", "--count", "3", "--steps", "1", "--size", "96x64", "--out", "made"]
+    assert cli.main(["evaluate", "--scenes", *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["one_object"]["count"] is not None
+    assert result["two_objects"]["count"] is None
+    labels = [read_settings(f"made/images/0000{i}.png").label for i in range(3)]
+    assert labels == ["red star", "blue cross", "red star"]
+    assert cli.main(["generate", "--from-png", "made/images/00002.png", "--out", "again.png"]) == 0
+    assert Image.open("again.png").tobytes() == Image.open("made/images/00002.png").tobytes()

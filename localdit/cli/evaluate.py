@@ -64,7 +64,8 @@ def add(commands: Any) -> Parser:
     which.add_argument(
         "--scenes",
         action="store_true",
-        help="of synthetic scenes held out of training; measures colours, shapes and places too",
+        help="of synthetic scenes held out of training, or of the classes of a model of classes; measures "
+        "colours, shapes and places too",
     )
     which.add_argument("--prompts", metavar="FILE", help="of these prompts, one a line")
     which.add_argument(
@@ -206,13 +207,19 @@ def check(args: argparse.Namespace) -> None:
 def plan_made(args: argparse.Namespace, folder: Path, dtype: str) -> Plan:
     """The file of every picture to make, and its settings."""
     from localdit.evaluation.prompts import read_geneval, read_prompts
-    from localdit.evaluation.scenes import evaluation_prompts
+    from localdit.evaluation.scenes import prompts_for
+    from localdit.pipelines.common import label_names
 
     plan = Plan({})
     seed = SEED if args.seed is None else args.seed
     num = args.num or (SAMPLES if args.geneval else 1)
+    model = find_model(args.model or Settings.model)
+    pipeline, config = find_pipeline(model, args.pipeline)
+    names = None  # of labels, where that is what the scenes are of
     if args.scenes:
-        plan.scenes = list(evaluation_prompts(args.count or SCENES, seed))
+        if hasattr(pipeline, "labels"):
+            names = label_names(config.get("id2label"))
+        plan.scenes = list(prompts_for(names, args.count or SCENES, seed))
         prompts = [caption.text for _, caption in plan.scenes]
     elif args.geneval:
         asked = read_geneval(Path(args.geneval))[: args.count]
@@ -221,14 +228,13 @@ def plan_made(args: argparse.Namespace, folder: Path, dtype: str) -> Plan:
     else:
         prompts = read_prompts(Path(args.prompts))[: args.count]
 
-    model = find_model(args.model or Settings.model)
-    kind = find_pipeline(model, args.pipeline)
     given = {name: getattr(args, name) for name in DRAWING}
     for index, prompt in enumerate(prompt for prompt in prompts for _ in range(num)):
         sample = f"{index // num:05}/samples/{index % num:04}.png"
         path = folder / (sample if args.geneval else f"{index:05}.png")
-        settings = Settings(prompt=prompt, seed=seed + index, model=model, dtype=dtype, **given)
-        plan.settings[path] = fit(settings, *kind)
+        shown = {"prompt": prompt} if names is None else {"prompt": "", "label": prompt}
+        settings = Settings(**shown, seed=seed + index, model=model, dtype=dtype, **given)
+        plan.settings[path] = fit(settings, pipeline, config)
         plan.prompts[path] = prompt
     return plan
 

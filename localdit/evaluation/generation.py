@@ -23,7 +23,7 @@ from localdit.pictures import KEY, Settings, call_options, read_settings, write_
 
 
 def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-    """One batch of pictures. Each is the one that is made alone with its prompt and seed."""
+    """One batch of pictures, of prompts or names of labels. Each is the one that is made alone."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pictures: list[Image.Image] = pipeline(list(prompts), generator=generators, **options).images
     return pictures
@@ -41,8 +41,8 @@ def generate(
     """Make the pictures that are wanted and not there yet.
 
     Args:
-        pipeline: Takes prompts and generators, and what `call_options` gives.
-        wanted: The settings of each file. They differ in prompt and seed alone.
+        pipeline: Takes prompts, or labels by name, and generators, and what `call_options` gives.
+        wanted: The settings of each file. They differ in prompt or label and seed alone.
         made_with: What else the files tell: `scheduler`, `weights` (see `fingerprint`), versions.
         batch_size: Pictures at a time. What a picture shows does not depend on it.
         rank: The number of this process, which makes the pictures rank, rank + world, ...
@@ -63,9 +63,8 @@ def generate(
         for start in range(0, len(missing), batch_size):
             paths = missing[start : start + batch_size]
             batch = [wanted[path] for path in paths]
-            pictures = draw(
-                pipeline, [s.prompt for s in batch], [s.seed for s in batch], **call_options(batch[0])
-            )
+            shown = [s.prompt if s.label is None else s.label for s in batch]
+            pictures = draw(pipeline, shown, [s.seed for s in batch], **call_options(batch[0]))
             for path, settings, picture in zip(paths, batch, pictures):
                 write_png(picture, path, settings, dict(made_with))
             bar.update(len(paths))
