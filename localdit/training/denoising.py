@@ -60,9 +60,15 @@ class Denoising(Diffusion):
     ) -> Tensor:
         """Mean squared errors of the noise (Ho et al. 2020, eq. 14), or of the velocity (Salimans & Ho 2022,
         appendix D) where the scheduler's `prediction_type` is "v_prediction"."""
-        noisy = self.noise_schedule.add_noise(clean, noise, level)
-        predicted = model(hidden_states=noisy, timestep=level, **condition, return_dict=False)[0]
+        predicted = self.predict(model, clean, noise, level, **condition)
         return (predicted.float() - self.target(clean, noise, level)).square().flatten(1).mean(1)
+
+    def predict(
+        self, model: nn.Module, clean: Tensor, noise: Tensor, timestep: Tensor, **condition: Any
+    ) -> Tensor:
+        """What the model says of the noisy samples."""
+        noisy = self.noise_schedule.add_noise(clean, noise, timestep)
+        return model(hidden_states=noisy, timestep=timestep, **condition, return_dict=False)[0]
 
     def target(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """What the model has to say, in float32, of the shape of the samples."""

@@ -1,16 +1,68 @@
 """DiT's training objective: the noise by its squared error, its variance by the variational bound.
 
 Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), section 3.1,
-as DiT (Peebles & Xie 2022, arXiv 2212.09748, section 3.1) and LEDiT use it. Functions of tensors alone.
+as DiT (Peebles & Xie 2022, arXiv 2212.09748, section 3.1) and LEDiT use it: functions of tensors, and the
+objective that trains with them.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from localdit.data.samples import Samples
+from localdit.training.denoising import Denoising
+from localdit.training.order import Draws
+from localdit.training.stopping import StopRequest
 
 # B batch   C latent channels   H W latent   T timesteps
+
+
+@dataclass
+class LearnedVariance(Denoising):
+    """Denoising by a model that predicts the noise, and in as many further channels its variance.
+
+    Of a model with a locality convolution (LEDiT) the dilation is drawn here, once for each call, so that it
+    follows from the seed and the samples as all else does.
+    """
+
+    def use_scheduler(self, scheduler: Any) -> None:
+        super().use_scheduler(scheduler)
+        kind = scheduler.config.prediction_type
+        if kind != "epsilon":
+            raise ValueError(f"objective.scheduler.prediction_type must be epsilon, got {kind!r}")
+        self.tables = posterior(self.noise_schedule.betas)
+
+    def prepare(self, model: Any, folder: Path, accelerator: Accelerator, stop: StopRequest) -> Samples:
+        config = model.config
+        if config.out_channels != 2 * config.in_channels:
+            raise ValueError(
+                f"model.out_channels must be {2 * config.in_channels}, noise and variance, "
+                f"got {config.out_channels}"
+            )
+        self.dilation = config.get("multi_dilation")
+        self.dilation_prob = config.get("multi_dilation_prob", 0.0)
+        return super().prepare(model, folder, accelerator, stop)
+
+    def errors(
+        self,
+        model: nn.Module,
+        clean: Tensor,
+        noise: Tensor,
+        level: Tensor,
+        draws: Draws,
+        **condition: Any,
+    ) -> Tensor:
+        """`dit_loss` of each sample."""
+        if model.training and self.dilation_prob:
+            dilated = draws.uniform()[0] < self.dilation_prob
+            condition["dilation"] = self.dilation if dilated else 1
+        predicted = self.predict(model, clean, noise, level, **condition)
+        return dit_loss(predicted, clean, noise, level, self.tables)
 
 
 class Posterior(NamedTuple):

@@ -11,6 +11,7 @@ from localdit.data.samples import Samples
 from localdit.training.autoencoder import Autoencoding
 from localdit.training.config import build
 from localdit.training.denoising import Denoising
+from localdit.training.dit_loss import LearnedVariance
 from localdit.training.edm import EDM
 from localdit.training.flow import RectifiedFlow
 from localdit.training.order import Draws
@@ -50,6 +51,7 @@ OBJECTIVES = {
     "autoencoding": Autoencoding,
     "denoising": Denoising,
     "edm": EDM,
+    "learned_variance": LearnedVariance,
     "rectified_flow": RectifiedFlow,
     "scene_parsing": SceneParsing,
 }
