@@ -14,6 +14,15 @@ from localdit.training.objectives import build_objective
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PARAMETERS = {
+    "ledit/b_256.yaml": 135_624_992,
+    "ledit/l_256.yaml": 467_278_880,
+    "ledit/mini.yaml": 2_023_584,
+    "ledit/s_256.yaml": 34_192_544,
+    "ledit/xl_256.yaml": 686_779_808,
+    "ledit/xl_256_depthwise.yaml": 674_846_240,
+    "ledit/xl_256_finetune.yaml": 686_779_808,
+    "ledit/xl_256_refined.yaml": 686_779_808 + 2 * 1152,  # with the norm after the convolution
+    "ledit/xl_512_finetune.yaml": 686_779_808,
     "local_dit/finetune.yaml": 518_662_672,
     "local_dit/lora.yaml": 518_662_672,
     "local_dit/mini.yaml": 3_576_016,
@@ -43,7 +52,12 @@ PARAMETERS = {
     "pixeldit/xl_512.yaml": 797_383_203,
 }
 STAGES = ("stage1_256", "stage2_512", "stage3_1024")
-ENCODINGS = {"local_dit/encode.yaml", "local_dit/encode_scenes.yaml", "sparse_dit/encode.yaml"}
+ENCODINGS = {
+    "ledit/encode.yaml",
+    "local_dit/encode.yaml",
+    "local_dit/encode_scenes.yaml",
+    "sparse_dit/encode.yaml",
+}
 # The published recipe of SparseDiT, stage by stage.
 SPARSE_STAGES = {
     "stage1_256_masked": {"mask": 0.75, "steps": 250_000, "rate": 2.4e-4, "warmup": 2500, "clip": 0.25},
