@@ -356,4 +356,5 @@ def test_evaluate_asks_a_pipeline_of_labels_for_its_colors_and_shapes(folders, m
     labels = [read_settings(f"made/images/0000{i}.png").label for i in range(3)]
     assert labels == ["red star", "blue cross", "red star"]
     assert cli.main(["generate", "--from-png", "made/images/00002.png", "--out", "again.png"]) == 0
-    assert Image.open("again.png").tobytes() == Image.open("made/images/00002.png").tobytes()
+    with Image.open("again.png") as again, Image.open("made/images/00002.png") as made:
+        assert again.tobytes() == made.tobytes()
