@@ -232,7 +232,7 @@ def plan_made(args: argparse.Namespace, folder: Path, dtype: str) -> Plan:
     for index, prompt in enumerate(prompt for prompt in prompts for _ in range(num)):
         sample = f"{index // num:05}/samples/{index % num:04}.png"
         path = folder / (sample if args.geneval else f"{index:05}.png")
-        shown = {"prompt": prompt} if names is None else {"prompt": "", "label": prompt}
+        shown: dict[str, Any] = {"prompt": prompt} if names is None else {"prompt": "", "label": prompt}
         settings = Settings(**shown, seed=seed + index, model=model, dtype=dtype, **given)
         plan.settings[path] = fit(settings, pipeline, config)
         plan.prompts[path] = prompt
