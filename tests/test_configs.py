@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 PARAMETERS = {
     "ledit/b_256.yaml": 135_624_992,
     "ledit/l_256.yaml": 467_278_880,
-    "ledit/mini.yaml": 2_023_584,
+    "ledit/mini.yaml": 2_021_520,
     "ledit/s_256.yaml": 34_192_544,
     "ledit/study_extrapolation.yaml": 1_147_504,
     "ledit/xl_256.yaml": 686_779_808,

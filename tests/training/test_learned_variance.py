@@ -1,5 +1,6 @@
 """The objective of DiT and LEDiT in the loop: noise and variance, classes, dilation of the convolution."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -223,11 +224,13 @@ def test_a_model_in_training_never_draws_its_dilation_itself(vae, tmp_path, monk
     )
     given = []
     forward = LEDiTTransformer2DModel.forward
-    monkeypatch.setattr(
-        LEDiTTransformer2DModel,
-        "forward",
-        lambda self, *args, **kwargs: [given.append(kwargs["dilation"]), forward(self, *args, **kwargs)][1],
-    )
+
+    @functools.wraps(forward)
+    def heard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs["dilation"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LEDiTTransformer2DModel, "forward", heard)
     train(class_run(tmp_path, vae, {"multi_dilation_prob": 0.6}, max_steps=2))
     assert given == [2, 2]
 
