@@ -26,8 +26,8 @@ from localdit.training.stopping import StopRequest
 class LearnedVariance(Denoising):
     """Denoising by a model that predicts the noise, and in as many further channels its variance.
 
-    Of a model with a locality convolution (LEDiT) the dilation is drawn here, once for each call, so that it
-    follows from the seed and the samples as all else does.
+    Of a model with a locality convolution (LEDiT) the dilation is drawn here, once for each step, so that it
+    follows from the seed and the step, whatever processes share it.
     """
 
     def use_scheduler(self, scheduler: Any) -> None:
@@ -59,8 +59,7 @@ class LearnedVariance(Denoising):
     ) -> Tensor:
         """`dit_loss` of each sample."""
         if model.training and self.dilation_prob:
-            dilated = draws.uniform()[0] < self.dilation_prob
-            condition["dilation"] = self.dilation if dilated else 1
+            condition["dilation"] = self.dilation if draws.of_step() < self.dilation_prob else 1
         predicted = self.predict(model, clean, noise, level, **condition)
         return dit_loss(predicted, clean, noise, level, self.tables)
 

@@ -134,13 +134,18 @@ class Draws:
     """
 
     def __init__(self, seed: int, positions: Sequence[int], device: torch.device, step: int = 0):
-        self.device, self.step = device, step
+        self.device, self.step, self._seed = device, step, seed
         self.generators = [torch.Generator().manual_seed(self.seed(seed, position)) for position in positions]
 
     @staticmethod
     def seed(*words: int) -> int:
         """A seed for PyTorch, scattered evenly however alike the words are."""
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+    def of_step(self) -> float:
+        """A uniform number in [0, 1) that all samples of the step share, whichever process has them."""
+        generator = torch.Generator().manual_seed(self.seed(self._seed, self.step, 0))
+        return torch.rand((), generator=generator).item()
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, (B, *shape)."""

@@ -189,11 +189,13 @@ def test_the_error_of_each_sample_is_dits_of_what_the_model_says_of_it():
     assert torch.equal(model.calls[0]["class_labels"], labels)
 
 
-def test_the_dilation_follows_from_the_samples_and_nothing_else():
+def test_the_dilation_follows_from_the_step_whatever_processes_share_it():
     made, model = objective(dilation_prob=0.3), Recorder()
     state = torch.get_rng_state()
-    for first in [*range(0, 1200, 4), *range(0, 1200, 4)]:
-        made.errors(model, *samples_of_ones(), draws(first))
+    for first in (0, 4):  # the samples of one process, and those of another
+        for step in range(300):
+            positions = range(8 * step + first, 8 * step + first + 4)
+            made.errors(model, *samples_of_ones(), Draws(7, positions, torch.device("cpu"), step))
     dilations = [call["dilation"] for call in model.calls]
     assert dilations[:300] == dilations[300:]
     assert set(dilations) == {1, 3}
@@ -222,6 +224,7 @@ def test_a_model_in_training_never_draws_its_dilation_itself(vae, tmp_path, monk
     monkeypatch.setattr(
         Draws, "uniform", lambda self, *shape: torch.full((len(self.generators), *shape), 0.5)
     )
+    monkeypatch.setattr(Draws, "of_step", lambda self: 0.5)
     given = []
     forward = LEDiTTransformer2DModel.forward
 
