@@ -24,6 +24,12 @@ from localdit.pipelines.pixeldit import PixelDiTPipeline
 from localdit.pipelines.pixeldit_text import PixelDiTTextPipeline
 from localdit.pipelines.sparse_dit import SparseDiTPipeline
 
+# Of a saved pipeline diffusers loads what is in diffusers or in modules that have been imported: these two.
+from localdit.schedulers.edm_heun import EDMHeunScheduler as EDMHeunScheduler
+from localdit.schedulers.flow_adams_bashforth import (
+    FlowAdamsBashforthScheduler as FlowAdamsBashforthScheduler,
+)
+
 __all__ = [
     "LEDiTPipeline",
     "LocalDiTPipeline",

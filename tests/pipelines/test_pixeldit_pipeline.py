@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -485,6 +487,13 @@ def test_a_saved_pipeline_is_loaded_with_its_bits(make, tmp_path):
         automatic = AutoPipelineForText2Image.from_pretrained(tmp_path)
         assert type(automatic) is PixelDiTTextPipeline
     assert getattr(diffusers, type(pipe).__name__) is type(pipe)
+
+
+def test_a_fresh_process_loads_a_pipeline_with_its_own_scheduler(tmp_path):
+    """diffusers imports no module because a folder names it, and the scheduler's is one of ours."""
+    class_pipeline().save_pretrained(tmp_path)
+    code = f"from localdit import PixelDiTPipeline; PixelDiTPipeline.from_pretrained({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @both
