@@ -36,7 +36,7 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, L
         scheduler: Any of diffusers' for noise, v or flow prediction; its config says which. A `DDPMScheduler`
             with `variance_type="learned_range"` uses the variance that the transformer predicts, as
             published; all others use the first channels alone.
-        id2label: Names by label, with commas between several of one label.
+        id2label: Names by label, an integer or, as JSON has it, its text; commas stand between several names.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -48,7 +48,7 @@ class LEDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, L
         vae: AutoencoderKL | None = None,
         transformer: LEDiTTransformer2DModel | None = None,
         scheduler: SchedulerMixin | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[Any, str] | None = None,
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)

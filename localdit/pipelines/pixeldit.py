@@ -182,7 +182,7 @@ class PixelDiTPipeline(PixelPipeline):
     Args:
         transformer: `PixelDiTTransformer2DModel`, or one with its interface.
         scheduler: One of flow matching: `FlowAdamsBashforthScheduler`, as published, or one of diffusers'.
-        id2label: Names by label, with commas between several of one label.
+        id2label: Names by label, an integer or, as JSON has it, its text; commas stand between several names.
     """
 
     flow_direction = "data"
@@ -193,7 +193,7 @@ class PixelDiTPipeline(PixelPipeline):
         self,
         transformer: PixelDiTTransformer2DModel | None = None,
         scheduler: SchedulerMixin | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[Any, str] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
