@@ -33,6 +33,7 @@ PARAMETERS = {
     "local_dit/stage2_512.yaml": 518_662_672,
     "local_dit/stage3_1024.yaml": 518_662_672,
     "local_dit/study_extrapolation.yaml": 1_318_176,
+    "local_dit/study_local_attention.yaml": 1_029_744,
     "sparse_dit/mini.yaml": 4_080_944,
     "sparse_dit/mini_masked.yaml": 4_080_944,
     "sparse_dit/stage1_256_masked.yaml": 1_165_442_320,
