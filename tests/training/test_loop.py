@@ -171,6 +171,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, frozen, opt
 
 def test_two_processes_take_the_steps_of_one(tmp_path, frozen):
     alone = denoising(tmp_path / "alone", frozen, max_steps=3, batch_size=4)
+    alone.objective.update(layout_weight=0.25, layout_block=1)
     train(alone)
     together = replace(alone, output_dir=str(tmp_path / "together"))
     together = replace(together, train=replace(alone.train, batch_size=2))
