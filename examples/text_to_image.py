@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("--negative", default="", help="what no picture should show")
     parser.add_argument("--model", default=MINI, help="pipeline folder or hub name (default: LocalDiT-Mini)")
     parser.add_argument("--steps", type=int, default=20, help="more are slower and a little better")
-    parser.add_argument("--guidance", type=float, default=7.0, help="weight of the prompt; 1 is none")
+    parser.add_argument(
+        "--guidance", type=float, help="weight of the prompt; 1 is none (default: the model's)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first picture, the next has the next")
     parser.add_argument("--out", type=Path, default=Path("outputs/text_to_image.png"))
     args = parser.parse_args()

@@ -112,7 +112,7 @@ def test_a_folder_of_any_pipeline_draws(name, folders, generate):
         seed=3,
         negative=call["negative_prompt"].default if "negative_prompt" in call else None,
         steps=2,
-        guidance=call["guidance_scale"].default,
+        guidance=call["guidance_scale"].default or 7.0,  # LocalDiT's is the folder's, or else 7
         model=folders[name],
         dtype="float32",
     )
@@ -151,7 +151,7 @@ def test_steps_are_the_pipelines_own_where_none_are_given(name, folders, monkeyp
     assert cli.main(["generate", *SHOWN[name], "--model", folders[name]]) == 0
     settings = read_settings(capsys.readouterr().out.strip())
     for field, argument in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
-        default = call.parameters[argument].default
+        default = call.parameters[argument].default or 7.0
         assert seen[0][argument] == getattr(settings, field) == default
     assert seen[0].get("negative_prompt") == settings.negative
     assert seen[0].get("class_labels", 2) == 2  # of the name
@@ -358,3 +358,11 @@ def test_evaluate_asks_a_pipeline_of_labels_for_its_colors_and_shapes(folders, m
     assert cli.main(["generate", "--from-png", "made/images/00002.png", "--out", "again.png"]) == 0
     with Image.open("again.png") as again, Image.open("made/images/00002.png") as made:
         assert again.tobytes() == made.tobytes()
+
+
+def test_the_guidance_of_the_folder_stands_in_the_picture(folders, generate):
+    folder = Path(shutil.copytree(folders["LocalDiTPipeline"], "own"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"default_guidance_scale": 2.5}))
+    [path] = generate("a hen", "--model", "own", "--seed", "1", "--steps", "1")
+    assert read_settings(path).guidance == 2.5

@@ -45,6 +45,7 @@ def test_a_pipeline_folder_names_its_components(tmp_path):
     index.pop("_diffusers_version")
     assert index == {
         "_class_name": "LocalDiTPipeline",
+        "default_guidance_scale": 7.0,
         "tokenizer": [None, None],
         "text_encoder": [None, None],
         "vae": [None, None],

@@ -146,6 +146,7 @@ def fit(settings: Settings, pipeline: "type[DiffusionPipeline]", config: Mapping
         ValueError: They hold what it does not take, or a label that it does not know.
     """
     takes = inspect.signature(pipeline.__call__).parameters
+    makes = inspect.signature(pipeline).parameters
     if "class_labels" in takes:
         _check_label(settings, config)
     elif settings.label is not None:
@@ -158,6 +159,9 @@ def fit(settings: Settings, pipeline: "type[DiffusionPipeline]", config: Mapping
         for name, argument in ARGUMENTS.items()
         if getattr(settings, name) is None or argument not in takes
     }
+    for name, argument in ARGUMENTS.items():  # a folder may have defaults of its own
+        if name in own and argument in takes and (field := f"default_{argument}") in makes:
+            own[name] = config.get(field, makes[field].default)
     return dataclasses.replace(settings, **own)
 
 

@@ -50,6 +50,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         vae: `AutoencoderKL`, or one with its interface. Without it a latent is taken for 8 x 8 pixels.
         transformer: `LocalDiTTransformer2DModel`, or one with its interface.
         scheduler: Any of diffusers' for noise, v or flow prediction; its config says which.
+        default_guidance_scale: Guidance of calls that name none: what suits the weights.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -63,6 +64,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         vae: AutoencoderKL | None = None,
         transformer: LocalDiTTransformer2DModel | None = None,
         scheduler: SchedulerMixin | None = None,
+        default_guidance_scale: float = 7.0,
     ):
         super().__init__()
         self.register_modules(
@@ -72,6 +74,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             transformer=transformer,
             scheduler=scheduler,
         )
+        self.register_to_config(default_guidance_scale=default_guidance_scale)
         self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
@@ -85,7 +88,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float = 7.0,
+        guidance_scale: float | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         num_images_per_prompt: int = 1,
@@ -121,8 +124,8 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             width: Likewise.
             num_inference_steps: Steps of the scheduler. Those of order 2 call the transformer twice in a
                 step.
-            guidance_scale: Weight of classifier-free guidance. At 1 or less there is none, and all that is
-                negative goes unused.
+            guidance_scale: Weight of classifier-free guidance; None for the pipeline's own,
+                `default_guidance_scale`. At 1 or less there is none, and all that is negative goes unused.
             timesteps: Own times, falling, for schedulers that take them.
             sigmas: Own noise levels, falling, for schedulers that take them.
             num_images_per_prompt: Pictures of each prompt.
@@ -151,6 +154,8 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             NonFiniteError: Where a model gives NaN or infinity.
         """
         # 1. Refuse what cannot work.
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
         self._begin(guidance_scale, attention_kwargs)
         callback_on_step_end_tensor_inputs = tensor_inputs(
             callback_on_step_end, callback_on_step_end_tensor_inputs

@@ -63,6 +63,8 @@ class Diffusion:
     preview_prompts: tuple[str, ...] = ()  # or names of classes; none: the first two captions of the source
     preview_guidance_scale: float = 4.0
     preview_steps: int = 20
+    # What the finished pipeline draws with unless told otherwise, if it has such a default; None: its own.
+    default_guidance_scale: float | None = None
     export_encoders: bool = True  # write the frozen parts into the finished pipeline too
 
     # --- What an objective says --------------------------------------------------------------------------
@@ -137,6 +139,13 @@ class Diffusion:
             self.parts["vae"] = load_vae(self.data).to(accelerator.device)
         if "text_encoder" in takes:
             self.parts |= load_text_parts(self.data, accelerator.device)
+        if self.default_guidance_scale is not None:
+            if "default_guidance_scale" not in takes:
+                raise ValueError(
+                    f"objective.default_guidance_scale must be left out for {self.data.pipeline}, "
+                    f"got {self.default_guidance_scale}"
+                )
+            self.parts["default_guidance_scale"] = self.default_guidance_scale
         if "id2label" in takes:
             self.parts["id2label"] = classes_of(source, model.config.num_classes)
         self.pipeline = self.assemble(None)

@@ -596,3 +596,19 @@ def test_noise_within_the_steps_comes_from_the_generators(scheduler, eta):
     assert (batch - other).abs().max() > 0.01 * batch.abs().max()
     again = run(pipe, ["star", "circle"], eta=eta, generator=generators(1, 2))
     assert torch.equal(batch, again)
+
+
+def test_a_folder_may_have_a_guidance_of_its_own(pipe, tmp_path):
+    """It is what a call takes that names none, and 7 where the folder says nothing."""
+    assert pipe.config.default_guidance_scale == 7
+    plain = run(pipe, generator=generators(0)[0], guidance_scale=None)
+    assert pipe.guidance_scale == 7
+    own = LocalDiTPipeline(**pipe.components, default_guidance_scale=2.5)
+    own.save_pretrained(tmp_path)
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    made = run(loaded, generator=generators(0)[0], guidance_scale=None)
+    assert loaded.guidance_scale == 2.5
+    assert not torch.equal(made, plain)
+    given = run(pipe, generator=generators(0)[0], guidance_scale=2.5)
+    assert torch.equal(made, given)
