@@ -492,8 +492,12 @@ def test_a_saved_pipeline_is_loaded_with_its_bits(make, tmp_path):
 def test_a_fresh_process_loads_a_pipeline_with_its_own_scheduler(tmp_path):
     """diffusers imports no module because a folder names it, and the scheduler's is one of ours."""
     class_pipeline().save_pretrained(tmp_path)
-    code = f"from localdit import PixelDiTPipeline; PixelDiTPipeline.from_pretrained({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    code = (
+        "from localdit import PixelDiTPipeline\n"
+        f"print(type(PixelDiTPipeline.from_pretrained({str(tmp_path)!r}).scheduler).__name__)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert loaded.stdout.split()[-1:] == ["FlowAdamsBashforthScheduler"], loaded.stderr
 
 
 @both
