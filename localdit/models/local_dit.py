@@ -25,6 +25,8 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from localdit.kernels import check_kernels
+from localdit.kernels.window_attention import Attended, encode_slots, triton_computes, window_attention
 from localdit.models.layers import RMSNorm, heads_of, modulate, rotate, sincos_table
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
 from localdit.models.strict import (
@@ -76,6 +78,7 @@ class Windows(NamedTuple):
     attend: Tensor  # (G, 1, S, S) bool, True where query may see key
     rotary: Tensor | None  # (M, d/2, 2)
     grid: tuple[int, int]  # windows per column and per row
+    slots: Tensor  # (G, S) int32, all of this once more for kernels: `encode_slots`
 
 
 class Geometry(NamedTuple):
@@ -162,6 +165,7 @@ def shift_windows(
         attend=attend[:, None],
         rotary=None if rotary is None else rotary[slot_token],
         grid=(down, across),
+        slots=encode_slots(slot_token.view_as(side), side, present),
     )
 
 
@@ -217,7 +221,15 @@ class LocalDiTAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "LocalDiTAttention", hidden_states: Tensor, windows: Windows) -> Tensor:
+    def __call__(
+        self, attn: "LocalDiTAttention", hidden_states: Tensor, windows: Windows, rotary: Tensor | None
+    ) -> Tensor:
+        # Whoever chose one of diffusers' backends gets it.
+        chosen = self._attention_backend is not None or self._parallel_config is not None
+        slots, head_dim = attn.window_size**2, hidden_states.shape[2] // attn.heads
+        if not chosen and triton_computes(attn.kernels, hidden_states, slots, head_dim):
+            return self._in_raster_order(attn, hidden_states, windows, rotary)
+
         x = hidden_states.index_select(1, windows.slot_token)  # (B, M, D)
         q, k, v = attn.project(x, windows.rotary)  # (B, M, A, d)
         biases = [relative_bias(attn.relative_position_bias, attn.window_size)]
@@ -242,6 +254,22 @@ class LocalDiTAttnProcessor:
             out = out.unflatten(2, (2, -1)).mean(dim=2)
         out = out.reshape(len(x), -1, x.shape[-1])  # (B, M, D)
         return attn.to_out[1](attn.to_out[0](out.index_select(1, windows.token_slot)))
+
+    def _in_raster_order(
+        self, attn: "LocalDiTAttention", x: Tensor, windows: Windows, rotary: Tensor | None
+    ) -> Tensor:
+        """The same, by a kernel that looks up itself where the tokens of a window stand."""
+        q, k, v = attn.project(x, rotary)  # (B, N, A, d)
+        local = Attended(q, k, v, relative_bias(attn.relative_position_bias, attn.window_size))
+        context = None
+        if attn.global_context is not None:
+            # Its convolutions want the map of windows; keys and values are made token by token, in any order.
+            query, key, value, bias = attn.global_context(
+                q.index_select(1, windows.slot_token), k, windows
+            )
+            context = Attended(query.index_select(1, windows.token_slot), key, value, bias)
+        out = window_attention(windows.slots, local, context, attn.kernels)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
 class LocalDiTFullAttnProcessor:
@@ -337,6 +365,7 @@ class LocalDiTAttention(LocalDiTFullAttention):
     """
 
     _default_processor_cls: ClassVar[Any] = LocalDiTAttnProcessor
+    kernels = "auto"  # see `LocalDiTTransformer2DModel.set_kernels`
 
     def __init__(
         self,
@@ -358,7 +387,7 @@ class LocalDiTAttention(LocalDiTFullAttention):
 
     def forward(self, hidden_states: Tensor, windows: Windows, rotary: Tensor | None) -> Tensor:
         """hidden_states: (B, N, D); rotary: the table in raster order. Returns (B, N, D)."""
-        return self.processor(self, hidden_states, windows)
+        return self.processor(self, hidden_states, windows, rotary)
 
 
 class LocalDiTCrossAttention(_Attention):
@@ -425,7 +454,10 @@ class GlobalContext(nn.Module):
         self.relative_position_bias = None if bias_table is None else nn.Parameter(torch.zeros(bias_table))
 
     def forward(self, q: Tensor, k: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k: (B, M, A, d). Returns queries, keys, values, (B, M, A, d) each, and the bias, (A, S, S)."""
+        """q, k: (B, M, A, d). Returns queries, keys, values, (B, M, A, d) each, and the bias, (A, S, S).
+
+        Keys may come in any order, (B, N, A, d): keys and values leave in the same.
+        """
         (down, across), heads = windows.grid, q.shape[2]
         side = round((q.shape[1] // (down * across)) ** 0.5)
         blocks, lines = (down, across, side, side), (down, side, across, side)
@@ -660,6 +692,25 @@ class LocalDiTTransformer2DModel(
             nn.init.zeros_(block.attn2.to_out.get_parameter("0.weight"))  # the text comes in as it is learned
         nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
         nn.init.zeros_(self.proj_out.weight)
+
+    def set_kernels(self, kernels: str) -> None:
+        """Say who computes what this package has kernels of its own for.
+
+        A backend that diffusers' `set_attention_backend` chose goes first: it leaves the windows to PyTorch.
+
+        Args:
+            kernels: "auto", the default: Triton on CUDA where it is installed, for what its kernels take
+                (float32, float16, bfloat16; windows of up to 64 tokens; heads of up to 128 channels), else
+                PyTorch. "triton": Triton, or an error. "torch": PyTorch, of which gradients have gradients.
+
+        Raises:
+            ValueError: for another name.
+            ImportError: for "triton" where Triton is not installed.
+        """
+        check_kernels(kernels)
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels
 
     @apply_forward_hook
     @apply_lora_scale("attention_kwargs")
