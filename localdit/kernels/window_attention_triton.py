@@ -210,8 +210,9 @@ def constants(heads: int, head_dim: int, slots: int, dtype: torch.dtype) -> dict
     }
 
 
-def _tiles(slots: Tensor, tile: int) -> int:
-    return triton.cdiv(len(slots), tile // slots.shape[1])
+def launch_grid(q: Tensor, slots: Tensor, tile: int) -> tuple[int, int]:
+    """Heads times tiles, then the batch."""
+    return q.shape[2] * triton.cdiv(len(slots), tile // slots.shape[1]), len(q)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -239,9 +240,8 @@ def _forward(
     second = [None if x is None else _aligned(x) for x in (q2, k2, v2)]
     out = q.new_empty(q.shape)
     fixed = constants(*q.shape[2:], slots.shape[1], q.dtype)
-    grid = (q.shape[2] * _tiles(slots, fixed["TILE"]), len(q))
     with torch.cuda.device_of(q):
-        forward_kernel[grid](
+        forward_kernel[launch_grid(q, slots, fixed["TILE"])](
             q, k, v, bias, *second, bias2, slots, out, *_strides(q, k, v, *second, out), slots.numel(), **fixed
         )  # fmt: skip
     return out
@@ -268,10 +268,12 @@ def _backward(
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     fixed = constants(*q.shape[2:], slots.shape[1], q.dtype)
     heads, size, tile = q.shape[2], slots.shape[1], fixed["TILE"]
-    tiles = _tiles(slots, tile)
-    parts = q.new_empty((len(q) * tiles, heads, tile, tile), dtype=torch.float32) if bias_gradient else None
+    grid = launch_grid(q, slots, tile)
+    parts = None
+    if bias_gradient:
+        parts = q.new_empty((grid[0] * grid[1] // heads, heads, tile, tile), dtype=torch.float32)
     with torch.cuda.device_of(q):
-        backward_kernel[(heads * tiles, len(q))](
+        backward_kernel[grid](
             q, k, v, bias, grad, slots, dq, dk, dv, parts,
             *_strides(q, k, v, grad, dq), slots.numel(), weight, **fixed,
         )  # fmt: skip

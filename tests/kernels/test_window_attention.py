@@ -1,5 +1,6 @@
 """Window attention, the definition and its Triton twin, against attention over all tokens in float64."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from naive_windows import dense_attention, windows_of
 from torch import Tensor
 
+from localdit.kernels import interpreted
 from localdit.kernels import window_attention as definition
 from localdit.kernels import window_attention_triton as twin
 from localdit.kernels.window_attention import Attended, window_attention, window_attention_reference
@@ -110,9 +112,12 @@ def test_16_bits_are_no_further_from_the_truth_than_twice_the_definition(case, d
     tensors = case.draw(dtype)
     values = gradients(window_attention_triton, case.slots(), tensors)
     plain = gradients(window_attention_reference, case.slots(), tensors)
+    cut = dtype is torch.bfloat16 and interpreted()
     for value, other, reference in zip(values, plain, oracle(case, tensors), strict=True):
         assert value.dtype is dtype
-        assert relative_error(value, reference) < 2 * relative_error(other, reference)
+        # The interpreter cuts float32 to bfloat16 where a GPU rounds: a last bit, 2^-8, at each of the steps.
+        bound = 2**-6 if cut else 2 * relative_error(other, reference)
+        assert relative_error(value, reference) < bound
 
 
 def test_scores_far_from_zero_do_not_overflow():
@@ -324,25 +329,15 @@ def test_triton_where_it_cannot_serve_is_an_error_that_says_why(monkeypatch):
 # --- The cost
 
 
-def test_the_programs_are_exactly_linear_in_tokens(monkeypatch):
-    """From 1024 to 4096 pixels, a token being 16 of them, at every shift: nothing is launched but those."""
-    launched = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launched.append(grid[0] * grid[1])
-
-    monkeypatch.setattr(twin, "forward_kernel", Recorder())
-    for window in (2, 4, 8):
-        launched.clear()
-        for pixels in (1024, 2048, 4096):
-            tokens = (pixels // 16) ** 2
-            q = torch.empty(1, 1, 1, 1).expand(2, tokens, 16, 72)
-            slots = torch.empty(1, dtype=torch.int32).expand(tokens // window**2, window**2)
-            monkeypatch.setattr(twin, "_aligned", lambda x: x)
-            monkeypatch.setattr(Tensor, "new_empty", lambda self, shape: self)
-            twin._forward._init_fn(slots, q, q, q, None, None, None, None, None)
-            monkeypatch.undo()
-            monkeypatch.setattr(twin, "forward_kernel", Recorder())
-        assert launched[1:] == [4 * launched[0], 16 * launched[0]]
-        assert launched[0] == 2 * 16 * 4096 // max(window**2, 16)
+@pytest.mark.parametrize("window", [2, 4, 8])
+def test_the_programs_are_exactly_linear_in_tokens(window):
+    """From 1024 to 4096 pixels, a token being 16 of them, in the published heads."""
+    tile = twin.constants(16, 72, window**2, torch.bfloat16)["TILE"]
+    programs = []
+    for pixels in (1024, 2048, 4096):
+        tokens = (pixels // 16) ** 2
+        q = torch.empty(2, tokens, 16, 72, device="meta")
+        slots = torch.empty(tokens // window**2, window**2, dtype=torch.int32, device="meta")
+        programs.append(math.prod(twin.launch_grid(q, slots, tile)))
+    assert programs[0] == 2 * 16 * 4096 // max(window**2, 16)
+    assert programs[1:] == [4 * programs[0], 16 * programs[0]]

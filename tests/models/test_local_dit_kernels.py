@@ -1,0 +1,162 @@
+"""The LocalDiT transformer by its Triton kernels: who chooses them, and that the prediction stays the same.
+
+On a machine without CUDA the kernels run in Triton's interpreter.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from toys import naive, relative_error, run, toy_inputs, toy_model
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from localdit.kernels import window_attention_triton as twin
+from localdit.models.local_dit import LocalDiTTransformer2DModel
+
+TOLERANCE = 2e-6
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each window attention that Triton computes."""
+    counted: list[int] = []
+    attend = twin.window_attention_triton
+
+    def counting(*args: Any) -> Tensor:
+        counted.append(1)
+        return attend(*args)
+
+    monkeypatch.setattr(twin, "window_attention_triton", counting)
+    return counted
+
+
+def with_kernels(kernels: str, **config: Any) -> LocalDiTTransformer2DModel:
+    model = toy_model(**config)
+    model.set_kernels(kernels)
+    return model
+
+
+def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Of each parameter, and of the noisy sample."""
+    sample = inputs["hidden_states"].clone().requires_grad_()
+    model.zero_grad()
+    prediction = model(**inputs | {"hidden_states": sample}).sample
+    (prediction * torch.linspace(-1, 1, prediction.numel()).view_as(prediction)).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"hidden_states": sample.grad}
+
+
+# --- The numbers
+
+
+@pytest.mark.parametrize(
+    ("config", "grid", "batch"),
+    [
+        ({"global_context": False}, (5, 7), 3),
+        ({"global_context": False, "relative_position_bias": True}, (8, 6), 2),
+        ({}, (5, 7), 3),
+        ({"relative_position_bias": False, "full_attention_layers": (1,)}, (8, 8), 1),
+        ({"window_size": 2, "num_layers": 2}, (3, 6), 2),
+        ({"window_size": 8, "num_layers": 2, "rope": False}, (9, 5), 1),
+    ],
+    ids=str,
+)
+def test_the_kernels_predict_what_the_naive_twin_does(config, grid, batch, launches):
+    """Four blocks in windows of 4 take all shifts."""
+    model = with_kernels("triton", **config)
+    inputs = toy_inputs(grid, batch)
+    assert relative_error(run(model, inputs), naive(model, inputs)) < TOLERANCE
+    assert len(launches) == model.config.num_layers - len(model.config.full_attention_layers)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"global_context": False, "relative_position_bias": True}], ids=["with context", "without"]
+)
+def test_the_kernels_give_every_gradient(config, launches):
+    model, inputs = toy_model(**config), toy_inputs((5, 7), batch=3)
+    plain = gradients(model, inputs)
+    assert not launches
+    model.set_kernels("triton")
+    for name, gradient in gradients(model, inputs).items():
+        assert relative_error(gradient, plain.pop(name)) < 2e-5, name
+    assert not plain
+    assert launches
+
+
+def test_dropout_and_checkpointing_stay_what_they_are(launches):
+    """Dropout comes after the attention, on tokens in raster order, whoever attends."""
+    model, inputs = toy_model(dropout=0.3, num_layers=2).train(), toy_inputs((5, 7))
+    torch.manual_seed(0)
+    plain = gradients(model, inputs)
+    model.set_kernels("triton")
+    model.enable_gradient_checkpointing()
+    torch.manual_seed(0)
+    for name, gradient in gradients(model, inputs).items():
+        assert relative_error(gradient, plain[name]) < 2e-5, name
+    assert len(launches) == 4
+
+
+def test_fused_projections_are_read_by_the_kernels():
+    model, inputs = with_kernels("triton", num_layers=2), toy_inputs((5, 7))
+    apart = run(model, inputs)
+    model.fuse_qkv_projections()
+    assert relative_error(run(model, inputs), apart) < TOLERANCE
+
+
+# --- The choice
+
+
+def test_without_cuda_nothing_changes_by_itself(launches):
+    model, inputs = toy_model(), toy_inputs()
+    automatic = run(model, inputs)
+    model.set_kernels("torch")
+    assert torch.equal(run(model, inputs), automatic)
+    if not torch.cuda.is_available():
+        assert not launches
+
+
+@pytest.mark.usefixtures("default_backend")
+def test_a_backend_of_diffusers_goes_first(launches):
+    model, inputs = with_kernels("triton"), toy_inputs()
+    model.set_attention_backend("native")
+    run(model, inputs)
+    assert not launches
+    model.reset_attention_backend()
+    run(model, inputs)
+    assert len(launches) == 4
+
+
+def test_the_choice_reaches_every_module_that_has_one():
+    model = with_kernels("torch")
+    assert {module.kernels for module in model.modules() if hasattr(module, "kernels")} == {"torch"}
+    assert toy_model().transformer_blocks[0].attn1.kernels == "auto"
+
+
+def test_a_choice_that_cannot_be_is_refused(monkeypatch):
+    model = toy_model()
+    with pytest.raises(ValueError, match="kernels must be one of auto, triton, torch, got 'cuda'"):
+        model.set_kernels("cuda")
+    monkeypatch.setattr("localdit.kernels.HAS_TRITON", False)
+    with pytest.raises(ImportError, match="needs Triton, which is not installed"):
+        model.set_kernels("triton")
+    model.set_kernels("auto")
+    assert run(model, toy_inputs()).isfinite().all()
+
+
+# --- Compilation
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("global_context", [False, True])
+def test_the_blocks_of_all_shifts_are_one_graph(global_context):
+    """The shift is a table, so that nothing in the code depends on it."""
+    model = with_kernels("triton", global_context=global_context)
+    inputs = toy_inputs((8, 8))
+    expected = run(model, inputs)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    assert relative_error(run(model, inputs), expected) < TOLERANCE
+    assert counter.frame_count == 1
+    operators = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    assert sum("localdit.window_attention" in operator for operator in operators) == 1
