@@ -17,7 +17,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_kernels(kernels: str) -> None:
-    """Raise ValueError for a name that is none of `KERNELS`, ImportError where Triton is asked for and missing."""
+    """Raise ValueError for a name that is none of `KERNELS`, ImportError for Triton where it is missing."""
     if kernels not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
     if kernels == "triton" and not HAS_TRITON:
@@ -28,8 +28,8 @@ def use_triton(kernels: str, x: Tensor) -> bool:
     """Whether the Triton twin computes on x, by one of the names in `KERNELS`.
 
     Raises:
-        ValueError: "triton" for a dtype that the kernels do not know, or for a tensor that is not on CUDA (which
-            only Triton's interpreter takes, as in the tests).
+        ValueError: "triton" for a dtype that the kernels do not know, or for a tensor that is not on CUDA,
+            which only Triton's interpreter takes, as in the tests.
     """
     if kernels == "torch":
         return False
@@ -44,7 +44,7 @@ def use_triton(kernels: str, x: Tensor) -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on any device (`TRITON_INTERPRET=1` at its import)."""
-    from triton import knobs
+    """Whether Triton runs its kernels in Python, on any device."""
+    from localdit.kernels.triton_mode import INTERPRETED
 
-    return knobs.runtime.interpret
+    return INTERPRETED

@@ -1,7 +1,7 @@
 """Attention within windows of a token grid that stays in raster order: the definition, and who computes it.
 
-The windows come as a table, so any partition of the tokens will do, and a compiler sees one graph for all shifts
-of the windows.
+The windows come as a table, so any partition of the tokens will do, and a compiler sees one graph for all
+shifts of the windows.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def window_attention_reference(slots: Tensor, local: Attended, context: Attended
     """Softmax attention of every token over the tokens that share its window and its region of the window.
 
     Args:
-        slots: The windows, (G, S), as `encode_slots` makes them. Every one of the N tokens is in one slot alone.
+        slots: The windows, (G, S), as `encode_slots` makes them. Every one of the N tokens is in one slot.
         local: The attention.
         context: A second one in the same windows; the two results are averaged.
 
@@ -56,7 +56,8 @@ def window_attention_reference(slots: Tensor, local: Attended, context: Attended
     token = (slots >> 2).clamp(min=0).flatten()  # (G*S,)
     # A softmax needs something to see, so an absent query sees itself; its output is dropped.
     itself = torch.eye(slots.shape[1], dtype=torch.bool, device=slots.device)
-    seen = (present[:, None, :] & (region[:, :, None] == region[:, None, :]) | itself)[:, None]  # (G, 1, S, S)
+    seen = present[:, None] & (region[:, :, None] == region[:, None]) | itself  # (G, S, S)
+    seen = seen[:, None]
     mask = seen if local.bias is None else torch.where(seen, local.bias.to(local.q.dtype), -torch.inf)
 
     q, k, v = (
@@ -78,8 +79,8 @@ def triton_computes(kernels: str, x: Tensor, slots: int, head_dim: int) -> bool:
     fits = slots <= MAX_SLOTS and head_dim <= MAX_HEAD_DIM
     if kernels == "triton" and not fits:
         raise ValueError(
-            f'kernels="triton" takes windows of at most {MAX_SLOTS} tokens and heads of at most {MAX_HEAD_DIM} '
-            f"channels, got {slots} and {head_dim}"
+            f'kernels="triton" takes windows of at most {MAX_SLOTS} tokens and heads of at most '
+            f"{MAX_HEAD_DIM} channels, got {slots} and {head_dim}"
         )
     return fits
 

@@ -1,11 +1,12 @@
 """The Triton twin of `window_attention_reference`: one program for a tile of slots and one head.
 
-A tile is one window, or as many whole windows as fit in 16 slots, the least that a tensor core multiplies. With
-windows of 4 x 4 tokens one warp holds it all in registers: no barrier, no shared softmax, each token read once
-and written once, wherever in the picture it stands. Heads are the fastest axis of the grid: neighbours share
-32-byte sectors of memory.
+A tile is one window, or as many whole windows as fit in 16 slots, the least that a tensor core multiplies.
+With windows of 4 x 4 tokens one warp holds it all in registers: no barrier, no shared softmax, each token
+read once and written once, wherever in the picture it stands. Heads are the fastest axis of the grid:
+neighbours share 32-byte sectors of memory.
 
-Products accumulate in float32, in which the softmax is too. Offsets into tokens are int64.
+Products accumulate in float32, in which the softmax is too. Offsets of tokens are int64. Strides of tokens
+that are multiples of 16 elements, as those of 16 heads are, make every access to them 16 bytes wide.
 """
 
 from typing import Any
@@ -87,7 +88,7 @@ def _attend(
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The tile's outputs in two parts: the first MAIN channels, and the TAIL beyond them (or the first again)."""
+    """The tile's outputs: their first MAIN channels, and the TAIL beyond (or the first, without one)."""
     present, token, first = codes >= 0, (codes >> 2).to(tl.int64), head * HEAD_DIM
     q_rows, k_rows, v_rows = token * q_token + first, token * k_token + first, token * v_token + first
     q = _load(q_ptr, q_rows, present, 0, MAIN, HEAD_DIM)
@@ -149,8 +150,8 @@ def backward_kernel(
 ):  # fmt: skip
     """The gradients of `weight` times one attention's output, for one tile of one head of one sample.
 
-    Windows do not overlap, so every row has one writer. The bias, which all windows share, gets each program's
-    part, (B, tiles, HEADS, TILE, TILE), to be summed in a fixed order: nothing here is atomic.
+    Windows do not overlap, so every row has one writer. The bias, which all windows share, gets each
+    program's part, (B, tiles, HEADS, TILE, TILE), to be summed in a fixed order: nothing here is atomic.
     """
     head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     batch = tl.program_id(1).to(tl.int64)
@@ -242,7 +243,8 @@ def _forward(
     fixed = constants(*q.shape[2:], slots.shape[1], q.dtype)
     with torch.cuda.device_of(q):
         forward_kernel[launch_grid(q, slots, fixed["TILE"])](
-            q, k, v, bias, *second, bias2, slots, out, *_strides(q, k, v, *second, out), slots.numel(), **fixed
+            q, k, v, bias, *second, bias2, slots, out,
+            *_strides(q, k, v, *second, out), slots.numel(), **fixed,
         )  # fmt: skip
     return out
 
@@ -263,7 +265,7 @@ def _backward(
     weight: float,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, (B, N, A, d), and of the bias, (A, S, S), which is empty where nobody asks."""
+    """The gradients of q, k, v, (B, N, A, d), and of the bias, (A, S, S), or (0,) where nobody asks."""
     grad, q, k, v = _aligned(grad), _aligned(q), _aligned(k), _aligned(v)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     fixed = constants(*q.shape[2:], slots.shape[1], q.dtype)

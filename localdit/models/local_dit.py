@@ -264,9 +264,7 @@ class LocalDiTAttnProcessor:
         context = None
         if attn.global_context is not None:
             # Its convolutions want the map of windows; keys and values are made token by token, in any order.
-            query, key, value, bias = attn.global_context(
-                q.index_select(1, windows.slot_token), k, windows
-            )
+            query, key, value, bias = attn.global_context(q.index_select(1, windows.slot_token), k, windows)
             context = Attended(query.index_select(1, windows.token_slot), key, value, bias)
         out = window_attention(windows.slots, local, context, attn.kernels)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))

@@ -33,8 +33,8 @@ def dense_attention(
     """q, k, v: (B, N, A, d), tokens in raster order; bias: (A, S, S) by places in the window, or None."""
     token = torch.arange(grid[0] * grid[1])
     row, column = token // grid[1] - shift, token % grid[1] - shift
-    window_row, window_column = row.div(window, rounding_mode="floor"), column.div(window, rounding_mode="floor")
-    seen = (window_row[:, None] == window_row) & (window_column[:, None] == window_column)  # (N, N)
+    down, right = (line.div(window, rounding_mode="floor") for line in (row, column))
+    seen = (down[:, None] == down) & (right[:, None] == right)  # (N, N)
     scores = torch.einsum("bnad,bmad->banm", q, k) / q.shape[-1] ** 0.5
     if bias is not None:
         place = row % window * window + column % window

