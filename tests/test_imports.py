@@ -75,6 +75,18 @@ def test_imports_point_one_way(path):
     assert forbidden(part, path.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_triton_is_imported_when_it_is_used(path):
+    """At the top of the kernels written in it alone, which nobody imports at the top."""
+    names = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(str(node.module))
+    assert "triton" in path.stem or not any("triton" in name for name in names)
+
+
 @pytest.mark.parametrize(
     ("part", "source"),
     [

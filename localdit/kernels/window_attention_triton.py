@@ -240,7 +240,7 @@ def _forward(
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     second = [None if x is None else _aligned(x) for x in (q2, k2, v2)]
     out = q.new_empty(q.shape)
-    fixed = constants(*q.shape[2:], slots.shape[1], q.dtype)
+    fixed = constants(q.shape[2], q.shape[3], slots.shape[1], q.dtype)
     with torch.cuda.device_of(q):
         forward_kernel[launch_grid(q, slots, fixed["TILE"])](
             q, k, v, bias, *second, bias2, slots, out,
@@ -268,8 +268,9 @@ def _backward(
     """The gradients of q, k, v, (B, N, A, d), and of the bias, (A, S, S), or (0,) where nobody asks."""
     grad, q, k, v = _aligned(grad), _aligned(q), _aligned(k), _aligned(v)
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-    fixed = constants(*q.shape[2:], slots.shape[1], q.dtype)
-    heads, size, tile = q.shape[2], slots.shape[1], fixed["TILE"]
+    heads, size = q.shape[2], slots.shape[1]
+    fixed = constants(heads, q.shape[3], size, q.dtype)
+    tile = fixed["TILE"]
     grid = launch_grid(q, slots, tile)
     parts = None
     if bias_gradient:

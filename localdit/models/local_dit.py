@@ -706,6 +706,7 @@ class LocalDiTTransformer2DModel(
             ImportError: for "triton" where Triton is not installed.
         """
         check_kernels(kernels)
+        module: Any
         for module in self.modules():
             if hasattr(module, "kernels"):
                 module.kernels = kernels
