@@ -414,6 +414,24 @@ class LocalDiTCrossAttention(_Attention):
         return self.processor(self, hidden_states, encoder_hidden_states, encoder_attention_mask)
 
 
+class ScaledPointwise(nn.Conv2d):
+    """A 1x1 convolution of channels that each image scales in its own way, added to a residual.
+
+    The scale goes into the weight: a map of N tokens is read once and written once, whatever N is.
+    """
+
+    def forward(self, input: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """residual + (input · scale) W^T. input, residual: (B, N, D); scale: (B, D). Returns (B, N, D).
+
+        The input alone, (B, D, h, w), is convolved as by any other layer: an adapter around this one asks
+        for that.
+        """
+        if scale is None or residual is None:
+            return super().forward(input)
+        weight = self.weight.flatten(1) * scale[:, None]  # (B, D, D)
+        return torch.baddbmm(residual, input, weight.transpose(1, 2))
+
+
 class GlobalContextFeatures(nn.Module):
     """x + conv(x), where conv is a depthwise 3x3, GELU, squeeze-excite and a 1x1.
 
@@ -425,18 +443,38 @@ class GlobalContextFeatures(nn.Module):
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.squeeze = nn.Linear(dim, dim // 4, bias=False)
         self.excite = nn.Linear(dim // 4, dim, bias=False)
-        self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
+        self.pointwise: nn.Module = ScaledPointwise(dim, dim, 1, bias=False)
 
-    def forward(self, x: Tensor, present: Tensor | None) -> Tensor:
-        """x: (B, D, h, w); present: (1, 1, h, w), None when every token is. Returns (B, D, h, w)."""
-        if present is None:
-            y = F.gelu(self.depthwise(x))
-            mean = y.mean((2, 3))
-        else:
-            y = F.gelu(self.depthwise(x * present)) * present
-            mean = y.sum((2, 3)) / present.sum()
-        scale = self.excite(F.gelu(self.squeeze(mean))).sigmoid()  # (B, D)
-        return x + self.pointwise(y * scale[:, :, None, None])
+    def forward(self, x: Tensor, present: Tensor | None, tokens: int) -> Tensor:
+        """One feature block on the shifted and padded map.
+
+        Args:
+            x: (B, h, w, D), zero where no token is.
+            present: (h, w, 1), one where a token is and zero elsewhere; None when they are everywhere.
+            tokens: How many are present.
+
+        Returns:
+            (B, h, w, D), zero where no token is.
+        """
+        y, rows = self.convolve(x, present)
+        return self.excite_by(rows.sum(1) / tokens, x, y)
+
+    def convolve(self, x: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The depthwise 3x3 and GELU of x, (B, h, w, D), and the sums of its rows, (B, h, D), in float32."""
+        y = F.gelu(self.depthwise(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, h, w, D)
+        if present is not None:
+            y = y * present
+        # Row by row: whoever has some of the rows adds up the same bits.
+        return y, y.sum(2, dtype=torch.promote_types(y.dtype, torch.float32))
+
+    def excite_by(self, mean: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """x plus the 1x1 of y, scaled by what the mean over all tokens, (B, D), says. x, y: (B, h, w, D)."""
+        scale = self.excite(F.gelu(self.squeeze(mean.to(x.dtype)))).sigmoid()  # (B, D)
+        if isinstance(self.pointwise, ScaledPointwise):
+            return self.pointwise(y.flatten(1, 2), scale, x.flatten(1, 2)).view_as(x)
+        # An adapter stands around the layer and wants the scaled channels themselves.
+        scaled = (y * scale[:, None, None]).permute(0, 3, 1, 2)
+        return x + self.pointwise(scaled).permute(0, 2, 3, 1)
 
 
 class GlobalContext(nn.Module):
@@ -456,25 +494,41 @@ class GlobalContext(nn.Module):
 
         Keys may come in any order, (B, N, A, d): keys and values leave in the same.
         """
-        (down, across), heads = windows.grid, q.shape[2]
-        side = round((q.shape[1] // (down * across)) ** 0.5)
-        blocks, lines = (down, across, side, side), (down, side, across, side)
-
-        def to_map(x: Tensor) -> Tensor:  # (B, M, D) -> (B, D, h, w), the shifted and padded map
-            x = x.unflatten(1, blocks).transpose(2, 3)  # (B, down, side, across, side, D)
-            return x.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
-
-        # The convolutions read the shifted map: published weights depend on where it is cut.
-        present = None if windows.present is None else to_map(windows.present[None]).to(q.dtype)
-        x = to_map(q.flatten(2))
+        heads = q.shape[2]
+        x, present = self.to_map(q, windows)
         for features in self.query_features:
-            x = features(x, present)
-        x = x.permute(0, 2, 3, 1)  # (B, h, w, D)
-        x = x.unflatten(2, lines[2:]).unflatten(1, lines[:2]).transpose(2, 3).flatten(1, 4)  # (B, M, D)
+            x = features(x, present, tokens=len(windows.token_slot))
         key, value = self.to_kv(k.flatten(2)).chunk(2, dim=-1)
         # The spread bias, not the table: offloading takes a module's own tensors away when its forward ends.
-        bias = relative_bias(self.relative_position_bias, side)
-        return heads_of(x, heads), heads_of(key, heads), heads_of(value, heads), bias
+        bias = relative_bias(self.relative_position_bias, round((q.shape[1] // len(windows.attend)) ** 0.5))
+        return self.to_slots(x, windows, heads), heads_of(key, heads), heads_of(value, heads), bias
+
+    @staticmethod
+    def to_map(q: Tensor, windows: Windows) -> tuple[Tensor, Tensor | None]:
+        """The shifted and padded map that the convolutions read: published weights depend on where it is cut.
+
+        q: (B, M, A, d). Returns (B, h, w, D), zero where no token is, and where one is, (h, w, 1): None for
+        everywhere.
+        """
+        down, across = windows.grid
+        side = round((q.shape[1] // (down * across)) ** 0.5)
+
+        def lay_out(x: Tensor) -> Tensor:  # (B, M, D) -> (B, h, w, D)
+            x = x.unflatten(1, (down, across, side, side)).transpose(2, 3)  # (B, down, side, across, side, D)
+            return x.flatten(1, 2).flatten(2, 3)
+
+        x = lay_out(q.flatten(2))
+        if windows.present is None:
+            return x, None
+        present = lay_out(windows.present[None])[0].to(x.dtype)  # (h, w, 1)
+        return x * present, present
+
+    @staticmethod
+    def to_slots(x: Tensor, windows: Windows, heads: int) -> Tensor:
+        """The map (B, h, w, D) in slots again: (B, M, A, d)."""
+        down, across = windows.grid
+        x = x.unflatten(2, (across, -1)).unflatten(1, (down, -1)).transpose(2, 3)
+        return heads_of(x.flatten(1, 4), heads)
 
 
 # --- Block --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import TOY, architecture, cast, naive, redraw, relative_error, run, toy_inputs, toy_model
 
-from localdit.models.local_dit import LocalDiTTransformer2DModel, cached_geometry
+from localdit.models.local_dit import GlobalContextFeatures, LocalDiTTransformer2DModel, cached_geometry
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # Ten times what rounding to float32 leaves. An approximate GELU for the exact one already makes more.
@@ -291,6 +291,20 @@ def test_with_global_context_every_token_hears_of_every_other(by):
     model = toy_model(num_layers=1)
     for token in (0, 37, 89):
         assert changed_tokens(model.double(), cast(toy_inputs(grid), torch.float64), token, grid, by).all()
+
+
+def test_a_band_of_rows_adds_up_to_the_same_bits_as_the_whole_map():
+    """Each row of the convolution needs its two neighbours, and its sum nothing else."""
+    features = GlobalContextFeatures(24)
+    x = torch.randn(2, 11, 9, 24)
+    with torch.no_grad():
+        y, rows = features.convolve(x, None)
+        for first, last in [(0, 4), (4, 5), (5, 11)]:
+            halo = slice(max(first - 1, 0), last + 1)
+            band_y, band_rows = features.convolve(x[:, halo], None)
+            inner = slice(first - halo.start, first - halo.start + last - first)
+            assert torch.equal(band_y[:, inner], y[:, first:last])
+            assert torch.equal(band_rows[:, inner], rows[:, first:last])
 
 
 @pytest.mark.parametrize("global_context", [False, True])

@@ -50,6 +50,19 @@ def test_inductor_computes_the_same(global_context):
         assert relative_error(run(compiled, inputs), run(model, inputs)) < 1e-5
 
 
+def test_a_lora_on_the_global_contexts_own_layers_is_the_same_fused_into_them():
+    """The 1x1 takes the squeeze-excite scale into its weight, which an adapter beside it does not see."""
+    layers = ("pointwise", "squeeze", "to_kv")
+    model = toy_model(num_layers=2)
+    inputs = toy_inputs((5, 7), batch=3)
+    plain = run(model, inputs)
+    adapted = run(with_lora(model, layers), inputs)
+    assert relative_error(adapted, plain) > 1e-3
+    model.fuse_lora()
+    model.unload_lora()
+    assert relative_error(run(model, inputs), adapted) < 1e-5
+
+
 def test_a_lora_compiles():
     model, inputs = with_lora(toy_model(**COMPILED)), toy_inputs((5, 7))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
