@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor, nn
 
 from localdit import MINI, LocalDiTPipeline, LocalDiTTransformer2DModel
@@ -72,7 +72,8 @@ def main() -> None:
 
     orange = {"tint": torch.tensor([[1.0, 0.5, 0.0]])}
     silent = draw(model, attention_kwargs=orange)
-    print("silent layers give the parent's picture:", silent == draw(parent))
+    difference = ImageChops.difference(silent, draw(parent))  # rounding may move a value by one
+    print("silent layers give the parent's picture:", max(high for _, high in difference.getextrema()) <= 1)
 
     # 3. Training would teach the new layers what a tint means. Here chance does, for a difference to see.
     for block in model.transformer_blocks:

@@ -202,6 +202,11 @@ def cached_geometry(*key: Any) -> Geometry:
         return build_geometry(*key)
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler or a fake tensor stands in for the computation: nothing of it may be kept."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor
+
+
 # --- Attention ----------------------------------------------------------------------------------------------
 
 
@@ -567,6 +572,11 @@ class LocalDiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=False)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate", dropout=config.dropout)
 
+    def modulation(self, conditioning: Tensor) -> Tensor:
+        """Shift, scale and gate of the self-attention, then of the feed-forward, (6, B, 1, D), from
+        adaLN-single's output, (B, 6 D)."""
+        return self.scale_shift_table[:, None, None] + conditioning.unflatten(1, (6, 1, -1)).transpose(0, 1)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -579,9 +589,11 @@ class LocalDiTBlock(nn.Module):
         """One block.
 
         Args:
-            hidden_states: Tokens in raster order, (B, N, D).
+            hidden_states: Tokens in raster order, (B, N, D). Fewer than captions where these share them: the
+                result is that of each caption with its sample, in the order of repeated samples.
             encoder_hidden_states: The projected caption, (B, T, D), or this block's keys and values of it.
-            conditioning: What adaLN-single made of the timestep and sizes, (B, 6 D).
+            conditioning: What adaLN-single made of the timestep and sizes, (B, 6 D), or what `modulation`
+                made of that, (6, B, 1, D).
             windows: How this block's shift lays the token grid out.
             rotary: The rotary table in raster order, for a block of full attention.
             encoder_attention_mask: (B, 1, 1, T) bool, True = attend; None attends to all.
@@ -590,14 +602,18 @@ class LocalDiTBlock(nn.Module):
             (B, N, D).
         """
         x = hidden_states
-        six = self.scale_shift_table[:, None] + conditioning.unflatten(1, (6, 1, -1))  # (B, 6, 1, D)
-        attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = six.unbind(1)
+        six = self.modulation(conditioning) if conditioning.ndim == 2 else conditioning  # (6, B, 1, D)
+        attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = six.unbind()
 
         y = modulate(self.norm1(x), attn_shift, attn_scale)
         attended = self.attn1(y, windows, rotary)
         # The published attention adds its own input: weights depend on it.
         x = torch.addcmul(x, attn_gate, attended + y if self.attention_residual else attended)
 
+        text = encoder_hidden_states
+        captions = len(text) if isinstance(text, Tensor) else len(text[0])
+        if captions > len(x):  # the two halves of guidance are one until here
+            x = x.repeat(captions // len(x), 1, 1)
         x = x + self.attn2(x, encoder_hidden_states, encoder_attention_mask)
 
         y = modulate(self.norm2(x), ff_shift, ff_scale)
@@ -620,6 +636,17 @@ class TextContext:
     @property
     def batch_size(self) -> int:
         return len(self.text)
+
+
+@dataclass(frozen=True)
+class TimestepContext:
+    """What a timestep and the sizes are to the transformer, made by `encode_timesteps` ahead of all steps."""
+
+    timestep: Tensor  # (B,); B is 1 where it serves any batch
+    conditioning: Tensor  # (B, 6 D)
+    embedded: Tensor  # (B, D)
+    # For each block, (6, B, 1, D). None: each block makes its own at its turn.
+    modulations: tuple[Tensor, ...] | None
 
 
 class LocalDiTTransformer2DModel(
@@ -775,15 +802,22 @@ class LocalDiTTransformer2DModel(
     ) -> TextContext:
         """Project a caption, and make each block's keys and values of it, once for all steps.
 
-        The model's output is bit for bit the same as with the caption itself.
+        Padding after the last token that any caption keeps is left out, and the mask with it where nothing is
+        masked then: the model's output is that with the caption itself, but for rounding.
 
         Args:
             encoder_hidden_states: Text features, (B, T, caption_channels).
             encoder_attention_mask: (B, T), 1 or True = keep, 0 or False = padding; None keeps all.
             attention_kwargs: As for `forward`; a LoRA's `scale` applies here too.
         """
-        check_caption(encoder_hidden_states, encoder_attention_mask, self.config.caption_channels)
-        context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
+        text, mask = encoder_hidden_states, encoder_attention_mask
+        check_caption(text, mask, self.config.caption_channels)
+        if mask is not None and not (mask.is_meta or is_traced(mask)):  # those hold no values to look at
+            kept = mask.bool().any(dim=0).nonzero()  # columns, (K, 1)
+            length = int(kept[-1]) + 1 if len(kept) else mask.shape[1]
+            text, mask = text[:, :length], mask[:, :length]
+            mask = None if mask.all() else mask
+        context = self._project_caption(text, mask)
         attentions = [block.attn2 for block in cast("list[LocalDiTBlock]", self.transformer_blocks)]
         # An offloaded block fetches its weights in its own forward alone.
         if any(attn.to_k.weight.device != context.text.device for attn in attentions):
@@ -791,12 +825,67 @@ class LocalDiTTransformer2DModel(
         keys_values = tuple(attn.project_text(context.text) for attn in attentions)
         return TextContext(context.text, context.mask, keys_values)
 
+    @apply_forward_hook
+    @apply_lora_scale("attention_kwargs")
+    def encode_timesteps(
+        self,
+        timesteps: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> list[TimestepContext]:
+        """Make each block's modulation for all timesteps of a run, ahead of it.
+
+        The model's output is that with the timestep itself, but for rounding.
+
+        Args:
+            timesteps: (S,), in [0, 1000).
+            added_cond_kwargs: As for `forward`, in a batch of 1, for a model of `use_additional_conditions`.
+            attention_kwargs: As for `forward`; a LoRA's `scale` applies here too.
+
+        Returns:
+            S contexts, each for any batch.
+        """
+        if timesteps.ndim != 1:
+            raise ValueError(f"timesteps must be (S,), got {tuple(timesteps.shape)}")
+        self._check_sizes(added_cond_kwargs, batch=1)
+        if not len(timesteps):
+            return []
+        sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.config.use_additional_conditions:
+            if not added_cond_kwargs:
+                raise ValueError(
+                    "added_cond_kwargs must hold resolution, (1, 2), and aspect_ratio, (1,): there are no "
+                    "latents here to derive them from"
+                )
+            sizes = {
+                name: size.expand(len(timesteps), *size.shape[1:]) for name, size in added_cond_kwargs.items()
+            }
+        conditioning, embedded = self.adaln_single(
+            timesteps.to(self.scale_shift_table.device),
+            sizes,
+            batch_size=len(timesteps),
+            hidden_dtype=self.dtype,
+        )  # (S, 6 D), (S, D)
+        blocks = cast("list[LocalDiTBlock]", self.transformer_blocks)
+        # An offloaded block fetches its weights in its own forward alone.
+        whole = all(block.scale_shift_table.device == conditioning.device for block in blocks)
+        tables = [block.modulation(conditioning) for block in blocks] if whole else []  # (6, S, 1, D) each
+        return [
+            TimestepContext(
+                timesteps[i : i + 1],
+                conditioning[i : i + 1],
+                embedded[i : i + 1],
+                tuple(table[:, i : i + 1] for table in tables) if whole else None,
+            )
+            for i in range(len(timesteps))
+        ]
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | TextContext,
-        timestep: Tensor | float,
+        timestep: Tensor | float | TimestepContext,
         encoder_attention_mask: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
@@ -806,16 +895,19 @@ class LocalDiTTransformer2DModel(
 
         Args:
             hidden_states: Noisy latents, (B, in_channels, H, W); H and W multiples of the patch size.
-            encoder_hidden_states: Text features, (B, T, caption_channels), or `encode_text` of them.
-            timestep: (B,) or a scalar, in [0, 1000); 0 is clean.
+            encoder_hidden_states: Text features, (B, T, caption_channels), or `encode_text` of them; that may
+                hold k B captions, such as the two of guidance, for as many predictions: the samples, in
+                order, k times. What comes before the text is then computed once.
+            timestep: (B,) or a scalar, in [0, 1000), 0 is clean; or one of `encode_timesteps`.
             encoder_attention_mask: (B, T), 1 or True = keep; None keeps all, or what the `TextContext` holds.
             added_cond_kwargs: `resolution`, (B, 2): height and width in pixels, and `aspect_ratio`, (B,):
-                width / height. None derives both from the latents, as an eighth of the picture.
+                width / height. None derives both from the latents, as an eighth of the picture; it must be
+                None with a `TimestepContext`, which holds the sizes.
             attention_kwargs: `scale` of a LoRA; anything else goes to the blocks of a subclass by name.
             return_dict: Return a `Transformer2DModelOutput`, else a tuple.
 
         Returns:
-            `sample`, (B, out_channels, H, W).
+            `sample`, (B or k B, out_channels, H, W).
 
         Raises:
             ValueError: for arguments that do not fit the model or each other.
@@ -833,8 +925,7 @@ class LocalDiTTransformer2DModel(
         grid = height // patch, width // patch
         # A compiler sees the arithmetic itself and keeps the sizes dynamic; eager code keeps the tables. What
         # comes of a fake tensor is fake as well, and not kept.
-        traced = torch.compiler.is_compiling() or type(hidden_states) is not Tensor
-        get_geometry: Any = build_geometry if traced else cached_geometry
+        get_geometry: Any = build_geometry if is_traced(hidden_states) else cached_geometry
         geometry = get_geometry(*grid, *self._geometry_key, hidden_states.dtype, hidden_states.device)
 
         # 1. Tokens.
@@ -842,17 +933,25 @@ class LocalDiTTransformer2DModel(
         x = self.pos_embed(hidden_states).contiguous() + geometry.position  # (B, N, D)
 
         # 2. Conditions.
-        timestep = torch.as_tensor(timestep, device=x.device).expand(batch)
-        if not added_cond_kwargs or not self.config.use_additional_conditions:
-            sizes = geometry.resolution.expand(batch, 2), geometry.aspect_ratio.expand(batch)
+        modulations = None
+        if isinstance(timestep, TimestepContext):
+            conditioning, embedded, modulations = (
+                timestep.conditioning,
+                timestep.embedded,
+                timestep.modulations,
+            )
         else:
-            sizes = added_cond_kwargs["resolution"], added_cond_kwargs["aspect_ratio"]
-        conditioning, embedded_timestep = self.adaln_single(
-            timestep,
-            {"resolution": sizes[0], "aspect_ratio": sizes[1]},
-            batch_size=batch,
-            hidden_dtype=x.dtype,
-        )  # (B, 6 D), (B, D)
+            timestep = torch.as_tensor(timestep, device=x.device).expand(batch)
+            if not added_cond_kwargs or not self.config.use_additional_conditions:
+                sizes = geometry.resolution.expand(batch, 2), geometry.aspect_ratio.expand(batch)
+            else:
+                sizes = added_cond_kwargs["resolution"], added_cond_kwargs["aspect_ratio"]
+            conditioning, embedded = self.adaln_single(
+                timestep,
+                {"resolution": sizes[0], "aspect_ratio": sizes[1]},
+                batch_size=batch,
+                hidden_dtype=x.dtype,
+            )  # (B, 6 D), (B, D)
 
         # 3. Text.
         if isinstance(encoder_hidden_states, TextContext):
@@ -861,23 +960,29 @@ class LocalDiTTransformer2DModel(
             context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
 
         # 4. Blocks.
+        copies = context.batch_size // batch
+        # Our own block takes a sample for several captions. A subclass's may not, nor may a cache, which
+        # compares a block's output with its input.
+        shares = self.block_class is LocalDiTBlock and not self.is_cache_enabled
+        if copies > 1 and not (shares and len(conditioning) == 1):
+            x = x.repeat(copies, 1, 1)
+            conditioning, embedded = conditioning.repeat(copies, 1), embedded.repeat(copies, 1)
         for index, block in enumerate(cast("list[LocalDiTBlock]", self.transformer_blocks)):
             text = context.text if context.keys_values is None else context.keys_values[index]
             run = partial(block, **attention_kwargs) if attention_kwargs else block
             # The shift is chosen here, so that all blocks are one graph to a compiler.
-            fixed = (text, conditioning, geometry.windows[block.shift], geometry.rotary, context.mask)
+            modulation = conditioning if modulations is None else modulations[index]
+            fixed = (text, modulation, geometry.windows[block.shift], geometry.rotary, context.mask)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(run, x, *fixed)
             else:
                 x = run(x, *fixed)
 
         # 5. Output.
-        shift, scale = (self.scale_shift_table[:, None] + embedded_timestep[:, None, None]).unbind(
-            1
-        )  # (B, 1, D)
+        shift, scale = (self.scale_shift_table[:, None, None] + embedded[:, None]).unbind()  # (B, 1, D)
         x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, N, p*p*C)
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, C)
-        sample = x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
+        sample = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _project_caption(self, text: Tensor, mask: Tensor | None) -> TextContext:
@@ -926,7 +1031,7 @@ class LocalDiTTransformer2DModel(
         self,
         hidden_states: Tensor,
         text: Tensor | TextContext,
-        timestep: Tensor | float,
+        timestep: Tensor | float | TimestepContext,
         text_mask: Tensor | None,
         added_cond_kwargs: dict[str, Tensor] | None,
         attention_kwargs: dict[str, Any] | None,
@@ -936,10 +1041,10 @@ class LocalDiTTransformer2DModel(
         batch = len(hidden_states)
 
         if isinstance(text, TextContext):
-            if text.batch_size != batch:
+            if text.batch_size % batch:
                 raise ValueError(
-                    f"encoder_hidden_states is a TextContext of batch {text.batch_size}, "
-                    f"hidden_states has batch {batch}"
+                    f"encoder_hidden_states is a TextContext of batch {text.batch_size}, which must be a "
+                    f"multiple of hidden_states' batch {batch}"
                 )
             if text_mask is not None:
                 raise ValueError(
@@ -949,8 +1054,20 @@ class LocalDiTTransformer2DModel(
         else:
             check_caption(text, text_mask, config.caption_channels, batch)
 
-        check_timestep(timestep, batch)
+        if isinstance(timestep, TimestepContext):
+            if added_cond_kwargs is not None:
+                raise ValueError(
+                    "added_cond_kwargs must be None with a TimestepContext, which holds the sizes given to "
+                    "encode_timesteps"
+                )
+        else:
+            check_timestep(timestep, batch)
+            self._check_sizes(added_cond_kwargs, batch)
 
+        check_attention_kwargs(attention_kwargs, self._block_inputs, self.block_class)
+
+    def _check_sizes(self, added_cond_kwargs: dict[str, Tensor] | None, batch: int) -> None:
+        config = self.config
         given = {name for name, value in (added_cond_kwargs or {}).items() if value is not None}
         if added_cond_kwargs is not None and config.use_additional_conditions:
             for name, expected in (("resolution", (batch, 2)), ("aspect_ratio", (batch,))):
@@ -967,5 +1084,3 @@ class LocalDiTTransformer2DModel(
                 "added_cond_kwargs must be None for a model without use_additional_conditions, "
                 f"got {sorted(given)}"
             )
-
-        check_attention_kwargs(attention_kwargs, self._block_inputs, self.block_class)

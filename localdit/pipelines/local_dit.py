@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from localdit.models.local_dit import LocalDiTTransformer2DModel
+from localdit.models.local_dit import LocalDiTTransformer2DModel, TextContext
 from localdit.pipelines.common import (
     ImageInput,
     LatentsMixin,
@@ -212,7 +212,10 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
 
         # 5. Denoise. Outside the transformer everything is float32.
         guided = self.do_classifier_free_guidance
-        conditions = self._conditions(text, height, width, device)
+        context = self._context(text)
+        contexts = self.transformer.encode_timesteps(
+            times.float(), self._sizes(height, width, device), attention_kwargs=attention_kwargs
+        )
         order = getattr(self.scheduler, "order", 1)
         step_kwargs = self._step_kwargs(eta=eta, generator=generator)
         with self.progress_bar(total=steps) as bar:
@@ -220,16 +223,15 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                x = self.scale_model_input(latents, t)
-                x = torch.cat((x, x)) if guided else x  # (2B, C, H, W), negative first
+                x = self.scale_model_input(latents, t)  # (B, C, H, W)
                 with self.transformer.cache_context("cond_uncond" if guided else "cond"):
                     predicted = self.transformer(
                         hidden_states=x.to(self.transformer.dtype),
-                        timestep=t.float().expand(len(x)),
+                        encoder_hidden_states=context,
+                        timestep=contexts[i],
                         attention_kwargs=attention_kwargs,
                         return_dict=False,
-                        **conditions,
-                    )[0].float()
+                    )[0].float()  # (2B, C, H, W) if guided, negative first
                 predicted = predicted[:, : latents.shape[1]]  # a learned variance would follow
                 if guided:
                     negative, positive = predicted.chunk(2)
@@ -246,7 +248,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
                     if changed or read_anew or guided != self.do_classifier_free_guidance:
                         text = changed_text(text, changed, guided, self.do_classifier_free_guidance)
                         guided = self.do_classifier_free_guidance
-                        conditions = self._conditions(text, height, width, device)
+                        context = self._context(text)
                 if (i + 1) % order == 0 or i + 1 == len(times):
                     bar.update()
         self._current_timestep = None
@@ -393,25 +395,21 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         rows = [unique.index(text) for text in texts]
         return embeds[rows], mask[rows]
 
-    def _conditions(
-        self, text: dict[str, Any], height: int, width: int, device: torch.device
-    ) -> dict[str, Any]:
-        """Arguments of the transformer that stay from step to step: text, negative half first, and sizes."""
+    def _context(self, text: dict[str, Any]) -> TextContext:
+        """What the transformer is told of the text at every step, (B or 2B), negative half first."""
         halves = ("negative_prompt", "prompt") if self.do_classifier_free_guidance else ("prompt",)
         embeds = torch.cat([text[f"{half}_embeds"] for half in halves])  # (B or 2B, T, caption_channels)
         mask = torch.cat([text[f"{half}_attention_mask"] for half in halves])
-        context = self.transformer.encode_text(
+        return self.transformer.encode_text(
             embeds.to(self.transformer.dtype), mask, attention_kwargs=self.attention_kwargs
         )
-        sizes = None
-        if self.transformer.config.use_additional_conditions:
-            sizes = {
-                "resolution": torch.tensor(
-                    [(height, width)] * len(embeds), dtype=torch.float32, device=device
-                ),
-                # Width by height, as published. PixArt's is height by width.
-                "aspect_ratio": torch.tensor(
-                    [width / height] * len(embeds), dtype=torch.float32, device=device
-                ),
-            }
-        return {"encoder_hidden_states": context, "added_cond_kwargs": sizes}
+
+    def _sizes(self, height: int, width: int, device: torch.device) -> dict[str, Tensor] | None:
+        """What the transformer is told of the picture's size, for any batch; None if it takes nothing."""
+        if not self.transformer.config.use_additional_conditions:
+            return None
+        return {
+            "resolution": torch.tensor([(height, width)], dtype=torch.float32, device=device),
+            # Width by height, as published. PixArt's is height by width.
+            "aspect_ratio": torch.tensor([width / height], dtype=torch.float32, device=device),
+        }

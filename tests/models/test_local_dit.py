@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import TOY, architecture, cast, naive, redraw, relative_error, run, toy_inputs, toy_model
 
-from localdit.models.local_dit import GlobalContextFeatures, LocalDiTTransformer2DModel, cached_geometry
+from localdit.models.local_dit import (
+    GlobalContextFeatures,
+    LocalDiTBlock,
+    LocalDiTTransformer2DModel,
+    cached_geometry,
+)
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # Ten times what rounding to float32 leaves. An approximate GELU for the exact one already makes more.
@@ -483,6 +488,103 @@ def test_one_caption_for_two_samples_gives_the_same_bits():
 def test_a_caption_without_a_mask_can_be_encoded():
     model, inputs = toy_model(), toy_inputs() | {"encoder_attention_mask": None}
     assert torch.equal(run(model, with_context(model, inputs)), run(model, inputs))
+
+
+@torch.no_grad()
+def test_padding_that_no_caption_keeps_is_left_out():
+    """And the mask with it, where nothing is left to mask."""
+    model, inputs = toy_model(), toy_inputs((5, 7), batch=2)
+    mask = torch.zeros_like(inputs["encoder_attention_mask"])
+    mask[0, :3], mask[1, :4] = 1, 1
+    inputs["encoder_attention_mask"] = mask
+    encoded = with_context(model, inputs)
+    assert encoded["encoder_hidden_states"].text.shape[1] == 4
+    assert relative_error(run(model, encoded), run(model, inputs)) < 1e-6
+    mask[0, 3] = 1
+    encoded = with_context(model, inputs)
+    assert encoded["encoder_hidden_states"].mask is None
+    assert relative_error(run(model, encoded), run(model, inputs)) < 1e-6
+
+
+# --- Timesteps, once per run
+
+
+@pytest.mark.parametrize("conditions", [True, False])
+@torch.no_grad()
+def test_timesteps_read_ahead_give_the_same_prediction(conditions):
+    model, inputs = toy_model(use_additional_conditions=conditions), toy_inputs((5, 7), batch=3)
+    sizes = None
+    if conditions:
+        sizes = {"resolution": torch.tensor([[80.0, 112.0]]), "aspect_ratio": torch.tensor([1.4])}
+    times = torch.tensor([981.0, 3.5, 0.0])
+    contexts = model.encode_timesteps(times, sizes)
+    for t, context in zip(times, contexts):
+        now = inputs | {"timestep": t, "added_cond_kwargs": None}
+        if conditions:
+            now["added_cond_kwargs"] = {name: size.expand(3, *size.shape[1:]) for name, size in sizes.items()}
+        ahead = inputs | {"timestep": context, "added_cond_kwargs": None}
+        assert relative_error(run(model, ahead), run(model, now)) < 1e-6
+
+
+def test_timesteps_of_another_shape_or_without_sizes_are_refused():
+    model = toy_model()
+    with pytest.raises(ValueError, match=r"timesteps must be \(S,\), got \(1, 2\)"):
+        model.encode_timesteps(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="added_cond_kwargs must hold resolution"):
+        model.encode_timesteps(torch.zeros(2))
+    context = toy_model(use_additional_conditions=False).encode_timesteps(torch.zeros(2))[0]
+    with pytest.raises(ValueError, match="added_cond_kwargs must be None with a TimestepContext"):
+        model(**toy_inputs() | {"timestep": context, "added_cond_kwargs": {}})
+
+
+# --- One sample for several captions
+
+
+@pytest.mark.parametrize("kind", ["timestep", "context"])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_samples_with_two_captions_each_are_predicted_as_if_they_were_repeated(batch, kind):
+    """As guidance does: the first self-attention is computed once, since the text comes after it."""
+    model, inputs = toy_model(), toy_inputs((5, 7), batch=2 * batch)
+    shared = with_context(model, inputs) | {"hidden_states": inputs["hidden_states"][:batch]}
+    sizes = {"resolution": torch.tensor([[80.0, 112.0]]), "aspect_ratio": torch.tensor([1.4])}
+    shared |= {"added_cond_kwargs": None, "timestep": model.encode_timesteps(torch.tensor([300.0]), sizes)[0]}
+    if kind == "timestep":
+        repeated = {name: size.expand(batch, *size.shape[1:]) for name, size in sizes.items()}
+        shared |= {"timestep": torch.full((batch,), 300.0), "added_cond_kwargs": repeated}
+    seen = []
+    hook = model.transformer_blocks[0].attn1.register_forward_pre_hook(
+        lambda _, args: seen.append(len(args[0]))
+    )
+    found = run(model, shared)
+    hook.remove()
+    assert seen == [batch if kind == "context" or batch == 1 else 2 * batch]
+    inputs["hidden_states"] = inputs["hidden_states"][:batch].repeat(2, 1, 1, 1)
+    inputs |= {"timestep": torch.full((2 * batch,), 300.0)}
+    inputs["added_cond_kwargs"] = {
+        name: size.expand(2 * batch, *size.shape[1:]) for name, size in sizes.items()
+    }
+    assert relative_error(found, run(model, inputs)) < 1e-6
+
+
+@torch.no_grad()
+def test_a_subclass_or_a_cached_model_never_sees_a_shared_sample():
+    class OtherBlock(LocalDiTBlock):
+        pass
+
+    class Other(LocalDiTTransformer2DModel):
+        block_class = OtherBlock
+
+    inputs = toy_inputs((5, 7), batch=2)
+    cached = LocalDiTTransformer2DModel(**TOY)
+    cached._cache_config = object()  # what diffusers' enable_cache sets
+    seen: list[int] = []
+    for model in (Other(**TOY), cached):
+        shared = with_context(model, inputs) | {"hidden_states": inputs["hidden_states"][:1], "timestep": 5.0}
+        shared["added_cond_kwargs"] = None
+        model.transformer_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        assert len(run(model, shared)) == 2
+    assert seen == [2, 2]
 
 
 def test_an_encoded_caption_trains_like_the_caption():

@@ -156,7 +156,7 @@ def test_every_picture_of_a_batch_is_the_one_made_alone(prompts, per_prompt, tex
 
     assert batch.shape == (len(seeds), 4, 6, 8)
     rows = len(seeds) * (2 if guidance > 1 else 1)
-    assert {len(call["hidden_states"]) for call in calls} == {rows}
+    assert {call["encoder_hidden_states"].batch_size for call in calls} == {rows}
     for i, seed in enumerate(seeds):
         own = kwargs | {"image": pictures[i // per_prompt]} if from_image else kwargs
         alone = run(pipe, several[i // per_prompt], **own, generator=generators(seed)[0])
@@ -266,22 +266,43 @@ def test_the_text_goes_through_the_transformer_once(pipe, monkeypatch):
 # Sizes.
 
 
-def test_sizes_are_told_as_published(pipe):
+def spy_on_timesteps(pipe: LocalDiTPipeline, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Note what the transformer is told of times and sizes ahead of a run."""
+    told: list[Any] = []
+    encode = pipe.transformer.encode_timesteps
+
+    def note(times: torch.Tensor, sizes: Any, **kwargs: Any) -> Any:
+        told.append((times, sizes))
+        return encode(times, sizes, **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "encode_timesteps", note)
+    return told
+
+
+def test_sizes_are_told_as_published(pipe, monkeypatch):
     """Resolution is (height, width) in pixels, the aspect ratio width by height."""
-    calls = spy(pipe)
+    told = spy_on_timesteps(pipe, monkeypatch)
     run(pipe, height=32, width=96)
-    sizes = calls[0]["added_cond_kwargs"]
-    assert sizes["resolution"].tolist() == [[32, 96]] * 2
-    assert sizes["aspect_ratio"].tolist() == [3] * 2
-    assert calls[0]["timestep"].dtype == torch.float32
-    assert calls[0]["timestep"].shape == (2,)
+    [(times, sizes)] = told
+    assert sizes["resolution"].tolist() == [[32, 96]]
+    assert sizes["aspect_ratio"].tolist() == [3]
+    assert times.dtype == torch.float32
+    assert times.tolist() == pipe.scheduler.timesteps.tolist()
 
 
-def test_a_model_without_size_conditions_is_told_none():
+def test_a_model_without_size_conditions_is_told_none(monkeypatch):
     pipe = toy_pipeline(transformer=toy_transformer(use_additional_conditions=False))
-    calls = spy(pipe)
+    told = spy_on_timesteps(pipe, monkeypatch)
     run(pipe)
-    assert calls[0]["added_cond_kwargs"] is None
+    assert told[0][1] is None
+
+
+def test_times_are_read_once_and_halves_of_guidance_share_their_latents(pipe, monkeypatch):
+    told, calls = spy_on_timesteps(pipe, monkeypatch), spy(pipe)
+    run(pipe, num_inference_steps=3, guidance_scale=5)
+    assert len(told) == 1
+    assert [len(call["hidden_states"]) for call in calls] == [1] * 3
+    assert [call["encoder_hidden_states"].batch_size for call in calls] == [2] * 3
 
 
 def test_sizes_default_to_the_transformers_and_to_the_images(pipe):
@@ -358,7 +379,7 @@ def test_given_latents_are_the_noise(pipe):
     latents = torch.randn(1, 4, 6, 8)
     calls = spy(pipe)
     run(pipe, image=latents, latents=noise, strength=0.5, num_inference_steps=4)
-    a = pipe.scheduler.alphas_cumprod[calls[0]["timestep"][0].long()]
+    a = pipe.scheduler.alphas_cumprod[calls[0]["timestep"].timestep[0].long()]
     expected = a.sqrt() * latents + (1 - a).sqrt() * noise
     torch.testing.assert_close(calls[0]["hidden_states"][:1], expected, rtol=1e-4, atol=1e-4)
 

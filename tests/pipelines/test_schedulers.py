@@ -14,6 +14,7 @@ from torch import Tensor
 from toy_pipeline import generators, run, spy, toy_pipeline
 from tqdm import tqdm
 
+from localdit.models.local_dit import TextContext, TimestepContext
 from localdit.pipelines import LocalDiTPipeline
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -77,16 +78,19 @@ def install_oracle(pipe: LocalDiTPipeline, picture: Tensor, flow: bool) -> list[
     kind = "flow" if flow else pipe.scheduler.config.prediction_type
     calls: list[dict[str, Tensor]] = []
 
-    def forward(hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
-        calls.append({"hidden_states": hidden_states, "timestep": timestep})
-        share, noise_share = (x[:, None, None, None] for x in levels(timestep, flow))
+    def forward(
+        hidden_states: Tensor, timestep: TimestepContext, encoder_hidden_states: TextContext, **_: Any
+    ) -> tuple[Tensor]:
+        calls.append({"hidden_states": hidden_states, "timestep": timestep.timestep})
+        share, noise_share = (x[:, None, None, None] for x in levels(timestep.timestep, flow))
         noise = (hidden_states - share * picture) / noise_share.clamp(min=1e-3)
         predicted = {
             "epsilon": noise,
             "v_prediction": share * noise - noise_share * picture,
             "flow": noise - picture,
         }
-        return (predicted[kind].float(),)
+        copies = encoder_hidden_states.batch_size // len(hidden_states)
+        return (predicted[kind].float().repeat(copies, 1, 1, 1),)
 
     pipe.transformer.forward = forward
     return calls
@@ -166,7 +170,7 @@ def test_own_timesteps_are_visited(name):
     pipe = build(name, {})
     calls = spy(pipe)
     run(pipe, timesteps=[900, 500, 100], num_inference_steps=99)
-    times = [int(call["timestep"][0]) for call in calls]
+    times = [int(call["timestep"].timestep[0]) for call in calls]
     assert times == ([900, 500, 500, 100, 100] if "Heun" in name else [900, 500, 100])
 
 
@@ -176,14 +180,14 @@ def test_own_timesteps_are_cut_by_strength():
     run(
         pipe, timesteps=[900, 700, 500, 100], num_inference_steps=99, image=torch.randn(4, 6, 8), strength=0.5
     )
-    assert [int(call["timestep"][0]) for call in calls] == [500, 100]
+    assert [int(call["timestep"].timestep[0]) for call in calls] == [500, 100]
 
 
 def test_own_sigmas_are_visited():
     pipe = build("FlowMatchEulerDiscreteScheduler", {})
     calls = spy(pipe)
     run(pipe, sigmas=[1.0, 0.6, 0.25])
-    assert [call["timestep"][0].item() for call in calls] == pytest.approx([1000, 600, 250])
+    assert [call["timestep"].timestep[0].item() for call in calls] == pytest.approx([1000, 600, 250])
 
 
 def test_dynamic_shifting_follows_the_number_of_tokens():
@@ -194,7 +198,7 @@ def test_dynamic_shifting_follows_the_number_of_tokens():
         calls = spy(pipe)
         run(pipe, height=size, width=size, sigmas=[1.0, 0.5])
         e = torch.tensor(shift).exp().item()
-        assert calls[1]["timestep"][0].item() == pytest.approx(1000 * e / (e + 1), rel=1e-4)
+        assert calls[1]["timestep"].timestep[0].item() == pytest.approx(1000 * e / (e + 1), rel=1e-4)
 
 
 def test_the_scheduler_is_asked_and_not_assumed():
