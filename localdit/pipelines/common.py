@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from localdit.models.strict import refuse_pickles
+from localdit.models.vae_streaming import check_streaming, stream_decode
 
 VAE_REMEDY = "run the VAE in float32 (pipe.vae.to(torch.float32)), or take one made for float16"
 
@@ -398,11 +399,34 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     Raises:
         NonFiniteError: The VAE gives NaN or infinity.
     """
-    latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    latents = _unscaled(vae, latents)
     with float32_where_asked(vae):
         pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
     require_finite(pixels, "the VAE's decoder", VAE_REMEDY)
     return pixels
+
+
+def decode_bands(vae: Any, latents: Tensor, max_bytes: int, max_pixels: int) -> Iterator[Tensor]:
+    """What `decode_latents` gives, in bands (B, 3, rows, width) from the top.
+
+    Args:
+        max_bytes, max_pixels: Of `stream_decode`.
+
+    Raises:
+        NonFiniteError: The VAE gives NaN or infinity.
+    """
+    latents = _unscaled(vae, latents)
+    with float32_where_asked(vae):
+        latents = latents.to(vae.dtype)
+        for band in stream_decode(vae, latents, max_bytes=max_bytes, max_pixels=max_pixels):
+            pixels = band.float()
+            require_finite(pixels, "the VAE's decoder", VAE_REMEDY)
+            yield pixels
+
+
+def _unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Latents as the VAE made them, of those that the transformer knows."""
+    return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
 
 
 class DenoisingMixin:
@@ -562,6 +586,7 @@ class LatentsMixin(DenoisingMixin):
 
     vae: Any
     image_processor: Any
+    _vae_streaming: dict[str, int] | None = None
 
     @property
     def vae_scale_factor(self) -> int:
@@ -592,7 +617,52 @@ class LatentsMixin(DenoisingMixin):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures of latents (B, C, H, W): (B, 3, height, width), float32, black -1 and white 1."""
-        return decode_latents(self.vae, latents)
+        if self._vae_streaming is None:
+            return decode_latents(self.vae, latents)
+        return torch.cat(list(decode_bands(self.vae, latents, **self._vae_streaming)), dim=2)
+
+    def decode_rows(self, latents: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+        """Pictures of latents (B, C, H, W) as they come, with `enable_vae_streaming`: the index of a row, and
+        the rows from there, (B, rows, width, 3), uint8."""
+        if self._vae_streaming is None:
+            raise ValueError("rows come of a streamed vae: call enable_vae_streaming first")
+        top = 0
+        for band in decode_bands(self.vae, latents, **self._vae_streaming):
+            rows = (self.image_processor.denormalize(band) * 255).round().to(torch.uint8)
+            yield top, rows.permute(0, 2, 3, 1).cpu().numpy()
+            top += band.shape[2]
+
+    @torch.no_grad()
+    def decode_pictures(self, latents: Tensor, output_type: str) -> Any:
+        """Pictures of latents (B, C, H, W), as `output_type` says: "pil", "np" or "pt".
+
+        With `enable_vae_streaming` PIL images are made one by one, of rows of bytes, and no other picture is
+        held.
+        """
+        if self._vae_streaming is None or output_type != "pil":
+            return self.image_processor.postprocess(self.decode_latents(latents), output_type)
+        alone = ([rows[0] for _, rows in self.decode_rows(x)] for x in latents.split(1))
+        return [Image.fromarray(np.concatenate(rows)) for rows in alone]
+
+    def enable_vae_streaming(self, max_bytes: int = 2**32, max_pixels: int = 2**16) -> None:
+        """Decode exactly, at any size, in the memory given: see `stream_decode` for what and how.
+
+        Beside the two that diffusers' VAEs have: `vae.enable_tiling()` is quicker where memory is short, but
+        every tile has a tone of its own; `vae.enable_slicing()` decodes the pictures of a batch one by one.
+
+        Args:
+            max_bytes: Of feature maps that are kept. Where they do not fit they are computed again.
+            max_pixels: Of the bands that the picture is computed in.
+
+        Raises:
+            ValueError: The vae is none that can be streamed.
+        """
+        check_streaming(self.vae, max_bytes, max_pixels)
+        self._vae_streaming = {"max_bytes": max_bytes, "max_pixels": max_pixels}
+
+    def disable_vae_streaming(self) -> None:
+        """Decode as the vae does."""
+        self._vae_streaming = None
 
     def prepare_latents(
         self,

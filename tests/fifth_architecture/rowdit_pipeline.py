@@ -93,6 +93,6 @@ class RowDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, 
         # 4. Decode.
         pictures: Any = latents
         if output_type != "latent":
-            pictures = self.image_processor.postprocess(self.decode_latents(latents), output_type)
+            pictures = self.decode_pictures(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
