@@ -1,13 +1,13 @@
-"""`AutoencoderKL` decoded in bands of rows: a picture of any size in bounded memory.
+"""`AutoencoderKL` in bands of rows: pictures of any size, decoded and encoded in bounded memory.
 
-`vae.decode` holds whole feature maps: with SDXL's VAE, at the widest, 3 x 128 numbers for each pixel, 26 GB
+A VAE holds whole feature maps: with SDXL's VAE, at the widest, 3 x 128 numbers for each pixel, 26 GB
 for 4096 x 4096 in float32. Here a map is a stream of bands, from the top down. A 3 x 3 convolution remembers
 the last rows of the band before. GroupNorm resists: its mean and variance are those of the whole map, so that
 each costs a pass over its input before a row can be normalised. A map within a budget of bytes is kept for
 the passes to come; a larger one is made anew in each of them, from the last one that was kept. So memory is
 what is asked for, and the price is time.
 
-Nothing is approximated: the numbers differ from those of `vae.decode` as sums in another order do.
+Nothing is approximated: the numbers differ from those of the VAE as sums in another order do.
 """
 
 from collections import deque
@@ -47,47 +47,71 @@ def stream_decode(
     return _decode(vae, latents, max_bytes, max_pixels)
 
 
+def stream_encode(
+    vae: AutoencoderKL, pixels: Tensor, *, max_bytes: int = 2**32, max_pixels: int = 2**16
+) -> Tensor:
+    """`vae.encode(pixels).latent_dist.parameters`, (B, 2C, h, w), of pictures (B, C, H, W) of its dtype.
+
+    The arguments are those of `stream_decode`, and so are the errors.
+    """
+    check_streaming(vae, max_bytes, max_pixels)
+    return _encode(vae, pixels, max_bytes, max_pixels)
+
+
 def check_streaming(vae: Any, max_bytes: int, max_pixels: int) -> None:
-    """Raise the ValueError that `stream_decode` would."""
+    """Raise the ValueError that `stream_decode` and `stream_encode` would."""
     for name, value in (("max_bytes", max_bytes), ("max_pixels", max_pixels)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    kind = set(vae.config.up_block_types) if isinstance(vae, AutoencoderKL) else type(vae).__name__
-    if kind != {"UpDecoderBlock2D"}:
-        raise ValueError(f"vae must be an AutoencoderKL of UpDecoderBlock2D to be streamed, got {kind}")
-    if any(weight.is_meta for weight in vae.decoder.parameters()):
+    kind: Any = type(vae).__name__
+    if isinstance(vae, AutoencoderKL):
+        kind = sorted({*vae.config.down_block_types, *vae.config.up_block_types})
+    if kind != ["DownEncoderBlock2D", "UpDecoderBlock2D"]:
+        raise ValueError(
+            "vae must be an AutoencoderKL of DownEncoderBlock2D and UpDecoderBlock2D to be streamed, "
+            f"got {kind}"
+        )
+    if any(weight.is_meta for weight in vae.parameters()):
         raise ValueError("vae must be offloaded whole to be streamed, got weights on the meta device")
 
 
 @torch.no_grad()
 def _decode(vae: AutoencoderKL, latents: Tensor, max_bytes: int, max_pixels: int) -> Iterator[Tensor]:
-    decoder, mid = vae.decoder, vae.decoder.mid_block
-    latents = _to_decoder(vae, latents)
-    batch, _, height, width = latents.shape
-    first = batch, decoder.conv_in.out_channels, height, width  # the smallest map, which is kept in any case
-    streaming = _Streaming(latents, max(max_bytes // latents.itemsize, prod(first)), max_pixels)
+    _bring(vae)
+    if vae.post_quant_conv is not None:
+        latents = vae.post_quant_conv(latents)
+    decoder = vae.decoder
+    streaming = _Streaming(latents, max_bytes, max_pixels)
 
-    x = _Map(lambda last: streaming.cut(iter((latents,)), width), latents.shape)
-    x = streaming.kept(_convolved(x, decoder.conv_in))
-    x = streaming.resnet(x, mid.resnets[0])
-    for attn, resnet in zip(mid.attentions, mid.resnets[1:]):
-        if attn is not None:
-            x = streaming.attention(x, attn)
-        x = streaming.resnet(x, resnet)
+    x = streaming.middle(_convolved(streaming.given(latents), decoder.conv_in), decoder.mid_block)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
             x = streaming.resnet(x, resnet)
         for upsampler in block.upsamplers or ():
             x = streaming.upsampled(x, upsampler.conv)
-
-    norm = _measured(x, decoder.conv_norm_out)
-    conv = _Convolution(decoder.conv_out, x.shape[2])
-    yield from _through(x.read(True), norm, decoder.conv_act, conv)
+    yield from _ended(x, decoder)
 
 
-@apply_forward_hook  # brings an offloaded VAE to its device, as `vae.decode` does
-def _to_decoder(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    return latents if vae.post_quant_conv is None else vae.post_quant_conv(latents)
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, pixels: Tensor, max_bytes: int, max_pixels: int) -> Tensor:
+    _bring(vae)
+    encoder = vae.encoder
+    streaming = _Streaming(pixels, max_bytes, max_pixels)
+
+    x = streaming.kept(_convolved(streaming.given(pixels), encoder.conv_in))
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            x = streaming.resnet(x, resnet)
+        for downsampler in block.downsamplers or ():
+            x = streaming.downsampled(x, downsampler)
+    x = streaming.middle(x, encoder.mid_block)
+    moments = torch.cat(list(_ended(x, encoder)), dim=2)
+    return moments if vae.quant_conv is None else vae.quant_conv(moments)
+
+
+@apply_forward_hook
+def _bring(vae: AutoencoderKL) -> None:
+    """An offloaded VAE to its device, by the hook that its own `encode` and `decode` call."""
 
 
 class _Map(NamedTuple):
@@ -108,10 +132,14 @@ class _Map(NamedTuple):
 class _Streaming:
     """The layers that choose whether to keep a map, each a function of maps."""
 
-    def __init__(self, like: Tensor, max_numbers: int, max_pixels: int):
+    def __init__(self, like: Tensor, max_bytes: int, max_pixels: int):
         self.like = like  # of the dtype and on the device of all maps
-        self.max_numbers = max_numbers
+        self.max_numbers = max_bytes // like.itemsize
         self.max_pixels = max_pixels
+
+    def given(self, x: Tensor) -> _Map:
+        """What a coder begins with, which is the caller's to keep."""
+        return _Map(lambda last: self.cut(iter((x,)), x.shape[3]), x.shape)
 
     def kept(self, x: _Map, beside: _Map | None = None) -> _Map:
         """x with its bands in memory if they fit, else x itself, which is made anew each time.
@@ -132,6 +160,16 @@ class _Streaming:
         """The same rows in bands that would have `max_pixels` at most if they were `width` wide."""
         rows = max(1, self.max_pixels // width)
         return chain.from_iterable(band.split(rows, dim=2) for band in bands)
+
+    def middle(self, x: _Map, block: Any) -> _Map:
+        """`UNetMidBlock2D`. Its maps are the smallest, and are kept in any case."""
+        self.max_numbers = max(self.max_numbers, x.numbers)
+        x = self.resnet(self.kept(x), block.resnets[0])
+        for attn, resnet in zip(block.attentions, block.resnets[1:]):
+            if attn is not None:
+                x = self.attention(x, attn)
+            x = self.resnet(x, resnet)
+        return x
 
     def resnet(self, x: _Map, block: Any) -> _Map:
         """`ResnetBlock2D`."""
@@ -201,11 +239,23 @@ class _Streaming:
 
         return self.kept(_convolved(_Map(read, shape, x.source), conv))
 
+    def downsampled(self, x: _Map, layer: nn.Module) -> _Map:
+        """`Downsample2D`: a convolution at every second row and column."""
+        batch, channels, height, width = x.shape
+        shape = batch, channels, height // 2, width // 2
+        return self.kept(_Map(lambda last: _through(x.read(last), _Halving(layer, height)), shape, x.source))
+
 
 def _convolved(x: _Map, conv: nn.Conv2d) -> _Map:
     batch, _, height, width = x.shape
     shape = batch, conv.out_channels, height, width
     return _Map(lambda last: _through(x.read(last), _Convolution(conv, height)), shape, x.source)
+
+
+def _ended(x: _Map, coder: Any) -> Iterator[Tensor]:
+    """The last three layers of a decoder or encoder."""
+    norm = _measured(x, coder.conv_norm_out)
+    return _through(x.read(True), norm, coder.conv_act, _Convolution(coder.conv_out, x.shape[2]))
 
 
 def _through(bands: Iterator[Tensor], *layers: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
@@ -239,6 +289,22 @@ class _Convolution:
         self.begun |= rows.shape[2] > 0
         self.window = window[:, :, -2:].clone() if self.missing else None
         return rows
+
+
+class _Halving:
+    """`Downsample2D` of a map that is given in bands. Row i is made of rows 2i to 2i + 2."""
+
+    def __init__(self, layer: nn.Module, height: int):
+        self.layer = layer
+        self.missing = height
+        self.window: Tensor | None = None
+
+    def __call__(self, band: Tensor) -> Tensor:
+        window = band if self.window is None else torch.cat((self.window, band), dim=2)
+        self.missing -= band.shape[2]
+        known = (window.shape[2] - (self.missing > 0)) // 2
+        self.window = window[:, :, 2 * known :].clone()
+        return self.layer(window)[:, :, :known] if known else window[:, :, :0]
 
 
 class _Addition:

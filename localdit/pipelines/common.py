@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from localdit.models.strict import refuse_pickles
-from localdit.models.vae_streaming import check_streaming, stream_decode
+from localdit.models.vae_streaming import check_streaming, stream_decode, stream_encode
 
 VAE_REMEDY = "run the VAE in float32 (pipe.vae.to(torch.float32)), or take one made for float16"
 
@@ -609,7 +609,11 @@ class LatentsMixin(DenoisingMixin):
             return torch.stack(images).to(device).repeat_interleave(repeats, dim=0)
         pixels = self.image_processor.normalize(resize_images(images, height, width))
         with float32_where_asked(self.vae):
-            moments = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.parameters
+            pixels = pixels.to(device, self.vae.dtype)
+            if self._vae_streaming is None:
+                moments = self.vae.encode(pixels).latent_dist.parameters
+            else:
+                moments = stream_encode(self.vae, pixels, **self._vae_streaming)
         require_finite(moments, "the VAE's encoder", VAE_REMEDY)
         posterior = DiagonalGaussianDistribution(moments.float().repeat_interleave(repeats, dim=0))
         shift = self.vae.config.get("shift_factor") or 0.0
@@ -645,7 +649,7 @@ class LatentsMixin(DenoisingMixin):
         return [Image.fromarray(np.concatenate(rows)) for rows in alone]
 
     def enable_vae_streaming(self, max_bytes: int = 2**32, max_pixels: int = 2**16) -> None:
-        """Decode exactly, at any size, in the memory given: see `stream_decode` for what and how.
+        """Decode and encode exactly, at any size, in the memory given: see `stream_decode` for what and how.
 
         Beside the two that diffusers' VAEs have: `vae.enable_tiling()` is quicker where memory is short, but
         every tile has a tone of its own; `vae.enable_slicing()` decodes the pictures of a batch one by one.
@@ -661,7 +665,7 @@ class LatentsMixin(DenoisingMixin):
         self._vae_streaming = {"max_bytes": max_bytes, "max_pixels": max_pixels}
 
     def disable_vae_streaming(self) -> None:
-        """Decode as the vae does."""
+        """Decode and encode as the vae does."""
         self._vae_streaming = None
 
     def prepare_latents(

@@ -1,4 +1,4 @@
-"""An AutoencoderKL decoded in bands: the numbers of `vae.decode`, in the memory that it is given."""
+"""An AutoencoderKL in bands: the numbers of `vae.decode` and `vae.encode`, in the memory that is given."""
 
 import weakref
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from localdit import MINI
 from localdit.models import vae_streaming
-from localdit.models.vae_streaming import stream_decode
+from localdit.models.vae_streaming import stream_decode, stream_encode
 
 # Each differs from the first in what it says.
 VAES: dict[str, dict[str, Any]] = {
@@ -21,7 +21,7 @@ VAES: dict[str, dict[str, Any]] = {
     "one block": {"block_out_channels": (8,), "norm_num_groups": 2},
     "deep": {"block_out_channels": (4, 8, 12, 20), "norm_num_groups": 2, "layers_per_block": 2},
     "no attention": {"mid_block_add_attention": False},
-    "no convolution after quantising": {"use_post_quant_conv": False},
+    "no convolutions beside": {"use_post_quant_conv": False, "use_quant_conv": False},
     "another activation": {"act_fn": "gelu"},
 }
 
@@ -81,8 +81,34 @@ def test_neither_budget_nor_bands_change_a_number(height, width, max_pixels, max
     )
 
 
+@torch.no_grad()
+def assert_streaming_is_the_encoder(vae: AutoencoderKL, pixels: Tensor, **options: int) -> None:
+    vae.double()
+    pixels = pixels.double()
+    expected = vae.encode(pixels).latent_dist.parameters
+    torch.testing.assert_close(stream_encode(vae, pixels, **options), expected, rtol=0, atol=1e-11)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_streaming_is_the_encoder(kind):
+    """Of pictures whose size is no multiple of anything."""
+    pixels = torch.randn(2, 3, 45, 27)
+    assert_streaming_is_the_encoder(vae_of(**VAES[kind]), pixels, max_bytes=40_000, max_pixels=150)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 20_000, 2**30])
+@pytest.mark.parametrize(
+    ("height", "width", "max_pixels"), [(22, 17, 60), (4, 5, 1), (15, 6, 1), (9, 20, 2**17)]
+)
+def test_an_encoding_depends_on_neither_budget_nor_bands(height, width, max_pixels, max_bytes):
+    pixels = torch.randn(1, 3, height, width)
+    assert_streaming_is_the_encoder(vae_of(), pixels, max_bytes=max_bytes, max_pixels=max_pixels)
+
+
 def test_the_mini_streams(mini_vae):
     assert_streaming_is_the_decoder(mini_vae, torch.randn(1, 4, 9, 11), max_bytes=2**20, max_pixels=2000)
+    assert_streaming_is_the_encoder(mini_vae, torch.randn(1, 3, 72, 88), max_bytes=2**20, max_pixels=2000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,8 +216,8 @@ def test_attention_is_cut_where_its_scores_would_be_too_many(monkeypatch):
 @pytest.mark.parametrize(
     ("vae", "message"),
     [
-        (AutoencoderTiny(), "vae must be an AutoencoderKL of UpDecoderBlock2D .* got AutoencoderTiny"),
-        (AutoencoderKL(up_block_types=("AttnUpDecoderBlock2D",)), "got .'AttnUpDecoderBlock2D'"),
+        (AutoencoderTiny(), "vae must be an AutoencoderKL of .* got AutoencoderTiny"),
+        (AutoencoderKL(up_block_types=("AttnUpDecoderBlock2D",)), "got .'AttnUpDecoderBlock2D', 'DownEnc"),
         (AutoencoderKL().to("meta"), "vae must be offloaded whole"),
     ],
 )

@@ -45,6 +45,16 @@ def test_a_streamed_picture_is_the_picture(make, run):
     assert np.array_equal(pictures("pt"), plain["pt"])
 
 
+def test_a_picture_to_start_from_is_streamed_too(pipe):
+    """Encoded and decoded, without a step between."""
+    picture = torch.rand(1, 3, 48, 64)
+    plain = run(pipe, image=picture, strength=0, output_type="pt", generator=generators(0)[0])
+    pipe.enable_vae_streaming(**SMALL)
+    pipe.vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("a whole picture"))
+    streamed = run(pipe, image=picture, strength=0, output_type="pt", generator=generators(0)[0])
+    torch.testing.assert_close(streamed, plain, rtol=0, atol=2e-5)
+
+
 def test_rows_are_handed_out_from_the_top(pipe):
     """Of all pictures of a batch; they and the rounding are those of PIL images."""
     x = latents(2)
