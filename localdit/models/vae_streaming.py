@@ -1,11 +1,12 @@
 """`AutoencoderKL` in bands of rows: pictures of any size, decoded and encoded in bounded memory.
 
-A VAE holds whole feature maps: with SDXL's VAE, at the widest, 3 x 128 numbers for each pixel, 26 GB
-for 4096 x 4096 in float32. Here a map is a stream of bands, from the top down. A 3 x 3 convolution remembers
-the last rows of the band before. GroupNorm resists: its mean and variance are those of the whole map, so that
-each costs a pass over its input before a row can be normalised. A map within a budget of bytes is kept for
-the passes to come; a larger one is made anew in each of them, from the last one that was kept. So memory is
-what is asked for, and the price is time.
+A VAE holds whole feature maps: SDXL's, at the widest, 3 x 256 numbers for each pixel, 52 GB for 4096 x 4096
+in float32. Here a map is a stream of bands, from the top down. A 3 x 3 convolution remembers the last rows of
+the band before. GroupNorm resists: its mean and variance are those of the whole map, so that each costs a
+pass over its input before a row can be normalised. A map within a budget of bytes is kept for the passes to
+come; a larger one is made anew in each of them, from the last one that was kept. So memory is what is asked
+for, and the price is time: with a budget of 512 bytes for each pixel, to decode with SDXL's VAE in float32
+takes 1.5 times the arithmetic, with 256 bytes 3.3 times, with 128 7 times, and with 32, the least, 10 times.
 
 Nothing is approximated: the numbers differ from those of the VAE as sums in another order do.
 """
