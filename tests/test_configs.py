@@ -27,6 +27,7 @@ PARAMETERS = {
     "local_dit/finetune.yaml": 518_662_672,
     "local_dit/lora.yaml": 518_662_672,
     "local_dit/mini.yaml": 3_576_016,
+    "local_dit/mini_distill.yaml": 3_576_016,
     "local_dit/mini_text.yaml": 742_682,
     "local_dit/mini_vae.yaml": 944_567,
     "local_dit/stage1_256.yaml": 518_662_672,

@@ -101,7 +101,8 @@ class Config:
     model: dict[str, Any]
     objective: dict[str, Any]
     train: TrainConfig = field(metadata={"nested": TrainConfig})
-    # What a fresh run starts from: folder of a model or of a pipeline with one, or a published checkpoint.
+    # What a fresh run starts from: folder of a model or of a pipeline with one, "mini" for that of the
+    # package, or a published checkpoint.
     init_from: str | None = None
     lora: LoraConfig | None = field(default=None, metadata={"nested": LoraConfig})
 

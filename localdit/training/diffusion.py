@@ -180,17 +180,32 @@ class Diffusion:
         """What the transformer is told of samples, but of those that are dropped, (B,) bool."""
         if "id2label" in self.parts:
             labels = torch.tensor([self.label_of[name] for name in sample["caption"]], device=dropped.device)
-            return {"class_labels": labels.masked_fill(dropped, self.no_label)}
-        if "text" in sample:
-            text, mask = sample["text"].clone(), sample["text_mask"].clone()
-        else:
-            text, mask = self._encode_text(sample["caption"])
+            return self.without_caption({"class_labels": labels}, dropped)
+        text, mask = (
+            (sample["text"], sample["text_mask"])
+            if "text" in sample
+            else self._encode_text(sample["caption"])
+        )
+        told = {"encoder_hidden_states": text}
+        if self.masks_text:
+            told["encoder_attention_mask"] = mask
+        return self.without_caption(told, dropped)
+
+    def without_caption(
+        self, condition: dict[str, Tensor], dropped: Tensor | slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """What `condition` gives, with no caption in the rows that are `dropped`: all, unless given."""
+        told = {name: tensor.clone() for name, tensor in condition.items()}
+        if "class_labels" in told:
+            told["class_labels"][dropped] = self.no_label
+            return told
+        text = told["encoder_hidden_states"]
         length = self.empty_text.shape[1]  # that of no caption, which is the shortest
         text[dropped, :length] = self.empty_text.to(text)
-        mask[dropped] = torch.arange(text.shape[1], device=text.device) < length
-        if not self.masks_text:
-            return {"encoder_hidden_states": text}
-        return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+        if self.masks_text:
+            mask = told["encoder_attention_mask"]
+            mask[dropped] = torch.arange(mask.shape[1], device=mask.device) < length
+        return told
 
     # --- Training ----------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
+from localdit.assets import MINI
 from localdit.data.images import BadSample
 from localdit.data.samples import Samples
 from localdit.files import locked, staged_folder
@@ -228,8 +229,8 @@ def build_model(values: dict[str, Any]) -> Any:
 
 
 def start_from(model: Any, source: str, values: dict[str, Any]) -> None:
-    """Take the weights of a saved model of the same class and shapes, of the pipeline's part that is one, or
-    of a published checkpoint.
+    """Take the weights of a saved model of the same class and shapes, of the pipeline's part that is one,
+    "mini" for that of the package, or of a published checkpoint.
 
     Tables that depend on the size of the picture are computed and not loaded: a model of another
     `sample_size` or `interpolation_scale` takes the weights and keeps its own grid.
@@ -241,12 +242,13 @@ def start_from(model: Any, source: str, values: dict[str, Any]) -> None:
         fields = {key: value for key, value in values.items() if key != "_class_name"}
         found = type(model).from_single_file(source, **fields)
     else:
-        places = (Path(source, "transformer"), Path(source))
+        place = MINI if source == "mini" else source
+        places = (Path(place, "transformer"), Path(place))
         folder = next((place for place in places if (place / "config.json").is_file()), None)
         if folder is None:
             raise ValueError(
-                "init_from must be the folder of a saved model or pipeline, or a published checkpoint, "
-                f"got {source!r}"
+                "init_from must be the folder of a saved model or pipeline, 'mini', or a published "
+                f"checkpoint, got {source!r}"
             )
         found = type(model).from_pretrained(folder)
     try:

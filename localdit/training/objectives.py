@@ -11,6 +11,7 @@ from localdit.data.samples import Samples
 from localdit.training.autoencoder import Autoencoding
 from localdit.training.config import build
 from localdit.training.denoising import Denoising
+from localdit.training.distillation import ConsistencyDistillation
 from localdit.training.dit_loss import LearnedVariance
 from localdit.training.edm import EDM
 from localdit.training.flow import RectifiedFlow
@@ -49,6 +50,7 @@ class Objective(Protocol):
 
 OBJECTIVES = {
     "autoencoding": Autoencoding,
+    "consistency_distillation": ConsistencyDistillation,
     "denoising": Denoising,
     "edm": EDM,
     "learned_variance": LearnedVariance,
