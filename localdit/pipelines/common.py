@@ -22,6 +22,9 @@ from torch import Tensor
 from localdit.models.strict import refuse_pickles
 from localdit.models.vae_streaming import check_streaming, stream_decode, stream_encode
 
+# Times are differences of float32 numbers: what is nearer to an end of an interval counts as the end.
+_INTERVAL_ROUNDING = 1e-6
+
 VAE_REMEDY = "run the VAE in float32 (pipe.vae.to(torch.float32)), or take one made for float16"
 
 ImageInput: TypeAlias = Union[Image.Image, np.ndarray, Tensor, Sequence["ImageInput"]]  # noqa: UP007
@@ -439,6 +442,7 @@ class DenoisingMixin:
     scheduler: Any
     _callback_tensor_inputs: ClassVar[list[str]]
     _guidance_scale = 1.0
+    _guidance_interval: tuple[float, float] | None = None
     _attention_kwargs: dict[str, Any] | None = None
     _num_timesteps = 0
     _current_timestep: Tensor | None = None
@@ -451,6 +455,10 @@ class DenoisingMixin:
     @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1
+
+    @property
+    def guidance_interval(self) -> tuple[float, float] | None:
+        return self._guidance_interval
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:
@@ -493,14 +501,33 @@ class DenoisingMixin:
         """Pixels to a token, along a side."""
         return self.vae_scale_factor * self.transformer.config.patch_size
 
-    def _begin(self, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> None:
+    def _begin(
+        self,
+        guidance_scale: float,
+        attention_kwargs: dict[str, Any] | None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> None:
         """Refuse to denoise without the parts for it, and set what the properties show."""
         for name in ("transformer", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} must be loaded to make a picture, got None")
+        if guidance_interval is not None:
+            low, high = guidance_interval
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    f"guidance_interval must be two numbers that rise within 0 and 1, got {guidance_interval}"
+                )
         self._guidance_scale = guidance_scale
+        self._guidance_interval = guidance_interval
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
+
+    def _inside_interval(self, time: float) -> bool:
+        """Whether guidance, if there is any, acts at a time, where 0 is noise and 1 is the picture."""
+        if self.guidance_interval is None:
+            return True
+        low, high = self.guidance_interval
+        return low + _INTERVAL_ROUNDING < time < high - _INTERVAL_ROUNDING
 
     def _read_images(
         self, image: ImageInput | None, height: int | None, width: int | None

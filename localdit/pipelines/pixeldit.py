@@ -29,9 +29,6 @@ from localdit.pipelines.common import (
 
 # B pictures   C channels, 3   H W picture   T text tokens
 
-# Times are differences of float32 numbers: what is nearer to an end of the interval counts as the end.
-_INTERVAL_ROUNDING = 1e-6
-
 
 class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, DenoisingMixin):
     """What PixelDiT's two pipelines share: pixels in and out, noise, and the steps.
@@ -45,11 +42,6 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
 
     flow_direction: ClassVar[Literal["data", "noise"]]
     _optional_components: ClassVar = ["transformer", "scheduler"]
-    _guidance_interval = (0.0, 1.0)
-
-    @property
-    def guidance_interval(self) -> tuple[float, float]:
-        return self._guidance_interval
 
     def prepare_latents(
         self,
@@ -85,20 +77,14 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         guidance_interval: tuple[float, float],
         attention_kwargs: dict[str, Any] | None,
     ) -> None:
-        """`_begin`, with a scheduler of flow matching, and guidance in an interval alone."""
-        self._begin(guidance_scale, attention_kwargs)
+        """`_begin`, with a scheduler of flow matching."""
+        self._begin(guidance_scale, attention_kwargs, guidance_interval)
         kind = self.scheduler.config.get("prediction_type", "flow_prediction")
         if kind != "flow_prediction" or not hasattr(self.scheduler, "sigmas"):
             raise ValueError(
                 f"scheduler must be one of flow matching, got {type(self.scheduler).__name__} "
                 f"with prediction_type {kind!r}"
             )
-        low, high = guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"guidance_interval must be two numbers that rise within 0 and 1, got {guidance_interval}"
-            )
-        self._guidance_interval = (low, high)
 
     def _sample(
         self,
@@ -137,7 +123,6 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
         )
 
         # 3. Denoise.
-        low, high = self.guidance_interval
         order = getattr(self.scheduler, "order", 1)
         step_kwargs = self._step_kwargs(generator=generator)
         was_guided = self.do_classifier_free_guidance
@@ -146,8 +131,7 @@ class PixelPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, D
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                inside = low + _INTERVAL_ROUNDING < 1 - sigma < high - _INTERVAL_ROUNDING
-                guided = self.do_classifier_free_guidance and inside
+                guided = self.do_classifier_free_guidance and self._inside_interval(1 - sigma)
                 with self.transformer.cache_context("cond_uncond" if guided else "cond"):
                     velocity = self._velocity(x, sigma, conditions, guided)
                 if guided:

@@ -37,6 +37,7 @@ def by_hand(
     steps: int,
     picture: Image.Image | None = None,
     run_steps: int | None = None,
+    interval: tuple[float, float] = (-1.0, 2.0),
 ) -> Tensor:
     """DDIM (Song et al. 2020, eq. 12) for one picture, each text in a call of its own: (1, 3, H, W)."""
 
@@ -72,7 +73,7 @@ def by_hand(
     for t in times:
         a, before = alpha_bar[t], alpha_bar[t - stride] if t >= stride else torch.tensor(1.0)
         noise = predict(x.float(), t, prompt)
-        if guidance > 1:
+        if guidance > 1 and interval[0] < 1 - t / 1000 < interval[1]:
             unguided = predict(x.float(), t, negative)
             noise = unguided + guidance * (noise - unguided)
         clean = (x - (1 - a).sqrt() * noise) / a.sqrt()
@@ -99,6 +100,28 @@ def test_text_to_image_is_the_sampler_written_out(ddim, guidance):
     )
     torch.testing.assert_close(pixels, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
     assert pixels.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("interval", "rows"),
+    [((0.3, 0.9), [1, 2, 2, 1]), ((0.0, 1.0), [2, 2, 2, 1]), ((0.25, 0.5), [1] * 4), (None, [2] * 4)],
+)
+def test_outside_the_interval_the_prompt_alone_is_read(ddim, interval, rows):
+    """The four times are 0.25, 0.5, 0.75 and 1: the ends of the interval are outside."""
+    calls = spy(ddim)
+    pixels = run(
+        ddim,
+        negative_prompt=NEGATIVE,
+        guidance_scale=3.5,
+        guidance_interval=interval,
+        generator=generators(3)[0],
+        num_inference_steps=4,
+        output_type="pt",
+    )
+    assert [len(call["hidden_states"]) for call in calls] == rows
+    everywhere = (-1.0, 2.0)
+    expected = by_hand(ddim, "a red circle", NEGATIVE, 3.5, seed=3, steps=4, interval=interval or everywhere)
+    torch.testing.assert_close(pixels, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.0, 0), (0.1, 0), (0.5, 2), (0.8, 3)])
@@ -478,6 +501,7 @@ BROKEN = EMBEDS.masked_fill(EMBEDS > 2, torch.nan)
         ({"max_sequence_length": 0}, "max_sequence_length must be at least 1, got 0"),
         ({"strength": 1.1}, "strength must be between 0 and 1, got 1.1"),
         ({"strength": float("nan")}, "strength must be between 0 and 1, got nan"),
+        ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval must be .* got \(0.5, 0.2\)"),
         ({"eta": -0.1}, "eta must be between 0 and 1"),
         ({"eta": 0.5}, "eta must be 0 with DPMSolverMultistepScheduler"),
         ({"output_type": "jpg"}, "output_type must be .* got 'jpg'"),

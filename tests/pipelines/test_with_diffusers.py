@@ -151,6 +151,18 @@ def test_guidance_may_end_early(pipe, prompts, kind):
         torch.testing.assert_close(attended(guided, batch + row), attended(alone, row), rtol=1e-5, atol=1e-5)
 
 
+def test_guidance_that_ends_within_its_interval_is_over(pipe):
+    def cut(pipeline: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if i == 2:
+            pipeline._guidance_scale = 0.0
+        return tensors
+
+    calls = spy(pipe)
+    kwargs = {"num_inference_steps": 6, "guidance_interval": (0.1, 0.9)}
+    seeded(pipe, callback_on_step_end=cut, **kwargs)
+    assert [len(call["hidden_states"]) for call in calls] == [1, 2, 2, 1, 1, 1]
+
+
 def test_guidance_may_change_but_not_begin(pipe):
     def set_guidance(value: float) -> Any:
         def callback(pipeline: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
