@@ -29,6 +29,7 @@ from localdit.kernels import check_kernels
 from localdit.kernels.window_attention import Attended, encode_slots, triton_computes, window_attention
 from localdit.models.layers import RMSNorm, heads_of, modulate, rotate, sincos_table
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
+from localdit.models.region import Layout, Region, build_region
 from localdit.models.strict import (
     StrictModelMixin,
     check_attention_kwargs,
@@ -890,6 +891,7 @@ class LocalDiTTransformer2DModel(
         added_cond_kwargs: dict[str, Tensor] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        region: Region | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the noise (or what the model was trained for) in a noisy sample.
 
@@ -905,9 +907,10 @@ class LocalDiTTransformer2DModel(
                 None with a `TimestepContext`, which holds the sizes.
             attention_kwargs: `scale` of a LoRA; anything else goes to the blocks of a subclass by name.
             return_dict: Return a `Transformer2DModelOutput`, else a tuple.
+            region: Compute this part of the image alone, as `plan_region` gives it; None computes all.
 
         Returns:
-            `sample`, (B or k B, out_channels, H, W).
+            `sample`, (B or k B, out_channels, H, W); zero where a `region` is not computed.
 
         Raises:
             ValueError: for arguments that do not fit the model or each other.
@@ -919,6 +922,7 @@ class LocalDiTTransformer2DModel(
             encoder_attention_mask,
             added_cond_kwargs,
             attention_kwargs,
+            region,
         )
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
@@ -972,7 +976,11 @@ class LocalDiTTransformer2DModel(
             run = partial(block, **attention_kwargs) if attention_kwargs else block
             # The shift is chosen here, so that all blocks are one graph to a compiler.
             modulation = conditioning if modulations is None else modulations[index]
-            fixed = (text, modulation, geometry.windows[block.shift], geometry.rotary, context.mask)
+            windows, rotary = geometry.windows[block.shift], geometry.rotary
+            if region is not None:
+                keep, windows, rotary = region.blocks[index]
+                x = x if keep is None else x.index_select(1, keep)
+            fixed = (text, modulation, windows, rotary, context.mask)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(run, x, *fixed)
             else:
@@ -981,9 +989,46 @@ class LocalDiTTransformer2DModel(
         # 5. Output.
         shift, scale = (self.scale_shift_table[:, None, None] + embedded[:, None]).unbind()  # (B, 1, D)
         x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, N, p*p*C)
+        if region is not None:
+            x = x.new_zeros(len(x), grid[0] * grid[1], x.shape[2]).index_copy(1, region.tokens, x)
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, C)
         sample = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def plan_region(self, tokens: Tensor, halo: int | None = None) -> Region | None:
+        """Find what must be computed for a part of the image, once for all steps: `forward`'s `region`.
+
+        With windowed attention alone, tokens that cannot reach the part within the blocks are left out, and
+        nothing changes in it. Full attention, and the mean in `global_context`, reach across the whole image:
+        what comes before them is computed whole, unless there is a `halo`.
+
+        Args:
+            tokens: (h, w) bool, the patches to predict, on the device of the samples.
+            halo: Leave out what is further than so many windows from the part, though it be needed, and take
+                means over what is left. An approximation, but for windowed attention in a halo as wide as
+                the blocks reach. None: what is needed is computed.
+
+        Returns:
+            The region, or None where it is the whole image, as with a cache enabled, which wants all tokens.
+
+        Raises:
+            ValueError: No token is to be predicted.
+        """
+        if tokens.ndim != 2 or tokens.dtype != torch.bool or not tokens.any():
+            raise ValueError(
+                "tokens must be (h, w) bool, with one that is True, "
+                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        if self.is_cache_enabled:
+            return None
+        geometry = cached_geometry(*tokens.shape, *self._geometry_key, self.dtype, tokens.device)
+        layouts = []
+        for block in cast("list[LocalDiTBlock]", self.transformer_blocks):
+            is_map = getattr(block.attn1, "global_context", None) is not None
+            is_global = is_map or not isinstance(block.attn1, LocalDiTAttention)
+            layouts.append(Layout(geometry.windows[block.shift], is_global, is_map))
+        reach = None if halo is None else halo * self.config.window_size
+        return build_region(tokens, layouts, geometry.rotary, reach)
 
     def _project_caption(self, text: Tensor, mask: Tensor | None) -> TextContext:
         mask = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, T)
@@ -1035,6 +1080,7 @@ class LocalDiTTransformer2DModel(
         text_mask: Tensor | None,
         added_cond_kwargs: dict[str, Tensor] | None,
         attention_kwargs: dict[str, Any] | None,
+        region: Region | None,
     ) -> None:
         config = self.config
         check_sample(hidden_states, config.in_channels, config.patch_size)
@@ -1065,6 +1111,16 @@ class LocalDiTTransformer2DModel(
             self._check_sizes(added_cond_kwargs, batch)
 
         check_attention_kwargs(attention_kwargs, self._block_inputs, self.block_class)
+
+        if region is not None:
+            grid = tuple(size // config.patch_size for size in hidden_states.shape[2:])
+            if region.grid != grid:
+                raise ValueError(f"region must be planned for {grid} tokens, got one for {region.grid}")
+            if self.is_cache_enabled:
+                raise ValueError(
+                    "region must be None with a cache enabled, which keeps what all tokens gave before; "
+                    "disable_cache() first"
+                )
 
     def _check_sizes(self, added_cond_kwargs: dict[str, Tensor] | None, batch: int) -> None:
         config = self.config
