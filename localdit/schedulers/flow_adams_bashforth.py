@@ -113,9 +113,10 @@ class FlowAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
         return int(found[0])
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """Clean samples (B, ...) with the noise of their timesteps, (B,)."""
-        first = self.begin_index
-        steps = [self.index_for_timestep(t) if first is None else first for t in timestep]
+        """Clean samples (B, ...) with the noise of their timesteps, (B,). After `set_begin_index`, as in
+        diffusers, it is that of the step which comes next."""
+        next_step = self.begin_index if self._step_index is None else self._step_index
+        steps = [self.index_for_timestep(t) if self.begin_index is None else next_step for t in timestep]
         sigma = self.sigmas[steps].to(sample).view(-1, *[1] * (sample.ndim - 1))
         return torch.lerp(sample, noise, sigma)
 

@@ -132,6 +132,9 @@ def test_noise_is_mixed_in_by_the_level_of_each_sample():
     scheduler.set_begin_index(2)
     same = scheduler.scale_noise(clean, scheduler.timesteps[2].expand(2), noise)
     torch.testing.assert_close(same, (clean + noise) / 2)
+    scheduler.step(noise - clean, scheduler.timesteps[2], same)  # the next level is what inpainting asks for
+    later = scheduler.scale_noise(clean, scheduler.timesteps[3].expand(2), noise)
+    torch.testing.assert_close(later, 0.75 * clean + 0.25 * noise)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
