@@ -191,26 +191,27 @@ def lost_words(tokenizer: Any, text: str, length: int) -> str:
     return " ".join(words[bisect_right(range(1, len(words) + 1), length, key=tokens) :])
 
 
-def read_images(image: ImageInput, latent_channels: int) -> list[Tensor]:
+def read_images(image: ImageInput, latent_channels: int, name: str = "image") -> list[Tensor]:
     """Read pictures of any usual kind, or latents.
 
     Args:
         image: One of the following, or a list of them. A PIL image, of any mode but the 32-bit greys "I" and
             "F", is turned as its EXIF orientation says. An array is (H, W), (H, W, C) or (N, H, W, C), a
-            tensor (H, W), (C, H, W) or (N, C, H, W), with C = 1 (grey), 3 (RGB) or 4 (RGBA), of uint8,
+            tensor (H, W), (C, H, W) or (N, C, H, W), with C = 1 (grey), 3 (RGB) or 4 (RGBA), of bool, uint8,
             uint16, or floating point in [0, 1]. Transparency is laid on white. A tensor with C =
             `latent_channels` holds latents, unless that is 1 or 3.
         latent_channels: Channels of a latent.
+        name: Of the argument, for messages.
 
     Returns:
         Float32 tensors: pictures (3, H, W) in [0, 1], or latents (latent_channels, h, w) as they are.
     """
     if isinstance(image, list | tuple):
         if not image:
-            raise ValueError("image must hold a picture or be None, got an empty list")
-        return [x for item in image for x in read_images(item, latent_channels)]
+            raise ValueError(f"{name} must hold a picture or be None, got an empty list")
+        return [x for item in image for x in read_images(item, latent_channels, name)]
     if isinstance(image, Image.Image):
-        image = _pil_to_numpy(image)
+        image = _pil_to_numpy(image, name)
     if isinstance(image, np.ndarray):
         x = torch.from_numpy(image.copy())
         x = x if x.ndim == 2 else x.movedim(-1, -3)
@@ -218,31 +219,31 @@ def read_images(image: ImageInput, latent_channels: int) -> list[Tensor]:
         x = image
         if x.ndim in (3, 4) and x.shape[-3] == latent_channels and latent_channels not in (1, 3):
             if not (x.is_floating_point() and x.isfinite().all()):
-                raise ValueError("image holds latents, which must be finite floating point numbers")
+                raise ValueError(f"{name} holds latents, which must be finite floating point numbers")
             return list(x.float().reshape(-1, *x.shape[-3:]))
     else:
         raise ValueError(
-            f"image must be a PIL image, an array, a tensor or a list of these, got {type(image).__name__}"
+            f"{name} must be a PIL image, an array, a tensor or a list of these, got {type(image).__name__}"
         )
 
     x = x[None] if x.ndim == 2 else x
     if x.ndim not in (3, 4) or x.shape[-3] not in (1, 3, 4) or x.numel() == 0:
         raise ValueError(
-            "image must be (H, W), (H, W, C) or (N, H, W, C) as an array, (H, W), (C, H, W) or (N, C, H, W) "
-            f"as a tensor, with C = 1, 3 or 4, got {tuple(image.shape)}"
+            f"{name} must be (H, W), (H, W, C) or (N, H, W, C) as an array, (H, W), (C, H, W) or "
+            f"(N, C, H, W) as a tensor, with C = 1, 3 or 4, got {tuple(image.shape)}"
         )
-    x = _to_unit_range(x.reshape(-1, *x.shape[-3:]))  # (N, C, H, W)
+    x = _to_unit_range(x.reshape(-1, *x.shape[-3:]), name)  # (N, C, H, W)
     if x.shape[1] == 4:
         color, alpha = x[:, :3], x[:, 3:]
         x = color * alpha + (1 - alpha)
     return list(x.expand(-1, 3, -1, -1))
 
 
-def _pil_to_numpy(image: Image.Image) -> np.ndarray:
+def _pil_to_numpy(image: Image.Image, name: str) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"image must have a mode of known range, got PIL mode {image.mode!r}; convert it first"
+            f"{name} must have a mode of known range, got PIL mode {image.mode!r}; convert it first"
         )
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(
@@ -251,15 +252,17 @@ def _pil_to_numpy(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def _to_unit_range(x: Tensor) -> Tensor:
+def _to_unit_range(x: Tensor, name: str) -> Tensor:
+    if x.dtype == torch.bool:
+        return x.float()
     if x.dtype in (torch.uint8, torch.uint16):
         return x.float() / torch.iinfo(x.dtype).max
     if not x.is_floating_point():
-        raise ValueError(f"image must be uint8, uint16 or floating point, got {x.dtype}")
+        raise ValueError(f"{name} must be bool, uint8, uint16 or floating point, got {x.dtype}")
     low, high = x.aminmax()
     if not (low >= 0 and high <= 1):  # NaN fails too
         raise ValueError(
-            f"image must lie in [0, 1], got [{low:.4g}, {high:.4g}]; (image + 1) / 2 brings [-1, 1] there"
+            f"{name} must lie in [0, 1], got [{low:.4g}, {high:.4g}]; ({name} + 1) / 2 brings [-1, 1] there"
         )
     return x.float()
 
@@ -707,22 +710,38 @@ class LatentsMixin(DenoisingMixin):
         image_latents: Tensor | None = None,
     ) -> Tensor:
         """Latents to denoise, (batch_size, C, H, W): noise alone, or `image_latents` with the noise of the
-        first time to visit. The noise is drawn in float32, so that a seed means the same at every
-        precision."""
+        first time to visit."""
+        noise = self.prepare_noise(batch_size, height, width, device, generator, latents)
+        if image_latents is None:
+            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return self.add_noise(image_latents, noise, timesteps)
+
+    def prepare_noise(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Unit noise, (batch_size, C, H, W): `latents` where they are given. It is drawn in float32, so that
+        a seed means the same at every precision."""
         factor = self.vae_scale_factor
         shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
         if latents is None:
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        else:
-            noise = latents.to(device, torch.float32)
-        if image_latents is None:
-            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device, torch.float32)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents (B, C, H, W) with the noise of the time that comes next, the first of those that are
+        still to visit; without any, as they are."""
         if len(timesteps) == 0:
-            return image_latents
-        first = timesteps[:1].expand(batch_size)
+            return latents
+        times = timesteps[:1].expand(len(latents))
         if hasattr(self.scheduler, "scale_noise"):  # flow matching
-            return self.scheduler.scale_noise(image_latents, first, noise)
-        return self.scheduler.add_noise(image_latents, noise, first)
+            return self.scheduler.scale_noise(latents, times, noise)
+        return self.scheduler.add_noise(latents, noise, times)
 
     def _check_vae(self, images: list[Tensor], output_type: str) -> None:
         """Raise ValueError for pictures in or out without a vae."""

@@ -1,10 +1,11 @@
-"""LocalDiTPipeline: text to image and image to image with `LocalDiTTransformer2DModel`, in one class."""
+"""LocalDiTPipeline: text to image, image to image and inpainting with `LocalDiTTransformer2DModel`."""
 
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
@@ -20,11 +21,14 @@ from localdit.pipelines.common import (
     check_eta,
     check_prompts,
     check_text_mask,
+    is_picture,
     lost_words,
     require_finite,
+    resize_images,
     set_timesteps,
     tensor_inputs,
 )
+from localdit.pipelines.inpainting import check_masks, read_masks, resize_masks
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ TEXT_TENSORS = (
 
 
 class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin, LatentsMixin):
-    """Text to image, and image to image where `image` is given.
+    """Text to image, image to image where `image` is given, and a part of it alone where `mask` is.
 
     A component may be None in calls that do without it: tokenizer and text_encoder with embeddings in place
     of text, vae with latents in and out, vae, transformer and scheduler with `encode_prompt` alone.
@@ -85,6 +89,8 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         *,
         image: ImageInput | None = None,
         strength: float = 0.8,
+        mask: ImageInput | None = None,
+        mask_halo: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 20,
@@ -119,7 +125,16 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
                 patch size (16 as published).
             strength: How much of the noise schedule the picture goes through, 0 to 1: the last
                 int(num_inference_steps * strength) steps. No step at all gives the picture back through the
-                VAE. 1 starts from noise alone, and takes the picture's size only.
+                VAE. 1 starts from noise alone, and takes the picture's size only, or what a mask keeps of it.
+            mask: What of `image` to paint anew: where it is at least half white. All else stays: in each step
+                it is the picture with the noise of that step, and in the end it has the pixels of the
+                picture, to the bit (its latents, where `image` holds latents or `output_type` is "latent").
+                One mask for all or one for each prompt, of any kind that an image may be, and of the image's
+                size. The transformer computes no more than what the masked parts of all pictures depend on:
+                its `plan_region` says how much that is.
+            mask_halo: Compute so many windows (of 64 pixels, as published) around the mask at most: an
+                approximation, for a transformer with `global_context` or full attention, where everything
+                depends on everything. None: all that the mask depends on is computed.
             height: In pixels, such a multiple. Default: that of `image`, else what the transformer was made
                 for.
             width: Likewise.
@@ -166,6 +181,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         images, height, width = self._read_images(image, height, width)
+        masks = [] if mask is None else read_masks(mask)
         text: dict[str, Any] = {
             "prompt_embeds": prompt_embeds,
             "prompt_attention_mask": prompt_attention_mask,
@@ -182,6 +198,8 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             height=height,
             width=width,
             images=images,
+            masks=masks,
+            mask_halo=mask_halo,
             strength=strength,
             latents=latents,
             num_inference_steps=num_inference_steps,
@@ -209,11 +227,24 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         )
         text = dict(zip(TEXT_TENSORS, encoded))
 
-        # 4. The latents to start from.
-        image_latents = None
-        if images and strength < 1:
+        # 4. The latents to start from, and the part of them that a mask leaves to be painted.
+        image_latents: Any = None
+        if images and (strength < 1 or masks):
             image_latents = self.encode_image(images, batch, height, width, device, generator)
-        latents = self.prepare_latents(batch, height, width, times, device, generator, latents, image_latents)
+        noise = self.prepare_noise(batch, height, width, device, generator, latents)
+        start = image_latents if strength < 1 else None
+        latents = self.prepare_latents(
+            batch, height, width, times, device, latents=noise, image_latents=start
+        )
+        region: dict[str, Any] = {}
+        if masks:
+            masked = resize_masks(masks, height, width).to(device)
+            masked = masked.repeat_interleave(batch // len(masks), dim=0)  # (B, 1, height, width)
+            painted = F.max_pool2d(masked.float(), self.vae_scale_factor) > 0  # (B, 1, H, W)
+            latents = torch.where(painted, latents, self.add_noise(image_latents, noise, times))
+            patches = F.max_pool2d(painted.any(dim=0).float(), self.transformer.config.patch_size)[0] > 0
+            planned = self.transformer.plan_region(patches, mask_halo)
+            region = {} if planned is None else {"region": planned}
 
         # 5. Denoise. Outside the transformer everything is float32.
         was_guided = self.do_classifier_free_guidance
@@ -239,12 +270,16 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
                         timestep=contexts[i],
                         attention_kwargs=attention_kwargs,
                         return_dict=False,
+                        **region,
                     )[0].float()  # (2B, C, H, W) if guided, negative first
                 predicted = predicted[:, : latents.shape[1]]  # a learned variance would follow
                 if guided:
                     negative, positive = predicted.chunk(2)
                     predicted = torch.lerp(negative, positive, self.guidance_scale)
                 latents = self.scheduler.step(predicted, t, latents, **step_kwargs, return_dict=False)[0]
+                if masks:
+                    kept = self.add_noise(image_latents, noise, times[i + 1 :])
+                    latents = torch.where(painted, latents, kept)
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, **text}
@@ -265,7 +300,16 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         # 6. Decode.
         pictures: Any = latents
         if output_type != "latent":
-            pictures = self.decode_pictures(latents, output_type)
+            if masks and is_picture(images[0]):  # what is not masked is the picture's own
+                pictures = self.decode_pictures(latents, "pt")  # in [0, 1]
+                originals = resize_images(images, height, width).to(device)
+                originals = originals.repeat_interleave(batch // len(images), dim=0)
+                pictures = torch.where(masked, pictures, originals)
+                pictures = self.image_processor.postprocess(
+                    pictures, output_type, do_denormalize=[False] * batch
+                )
+            else:
+                pictures = self.decode_pictures(latents, output_type)
 
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
@@ -285,6 +329,8 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         height: int,
         width: int,
         images: list[Tensor],
+        masks: list[Tensor],
+        mask_halo: int | None,
         strength: float,
         latents: Tensor | None,
         num_inference_steps: int,
@@ -293,7 +339,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> int:
         """Raise ValueError for arguments of `__call__` that cannot work; `images` as `read_images` gives
-        them.
+        them, `masks` as `read_masks` does.
 
         Returns how many pictures there will be.
         """
@@ -326,6 +372,7 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
             output_type=output_type,
             callback_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+        check_masks(masks, images, prompts, mask_halo, height, width)
         check_eta(eta, self.scheduler)
         self._check_vae(images, output_type)
         return batch
@@ -404,8 +451,8 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         return embeds[rows], mask[rows]
 
     def _captions(self, text: dict[str, Any]) -> dict[bool, TextContext]:
-        """What the transformer is told of the text: by True at steps with guidance, (2B), negative half first,
-        and by False at steps without, (B); of the two those that there are."""
+        """What the transformer is told of the text: by True at steps with guidance, negative half first, and
+        by False at steps without; of the two those that there are."""
         guided = self.do_classifier_free_guidance
         kinds = {guided} if self.guidance_interval is None else {guided, False}
         return {
