@@ -83,6 +83,8 @@ _RULES: dict[str, Rule] = {
     "negative": _or_none(_TEXT),
     "image": _or_none(_TEXT),
     "image_sha256": _or_none(_TEXT),
+    "mask": _or_none(_TEXT),
+    "mask_sha256": _or_none(_TEXT),
     "strength": _number(0, 1),
     "steps": _or_none(_whole(1, 1000)),
     "guidance": _or_none(_number(0, 100)),
@@ -108,6 +110,8 @@ class Settings:
     negative: str | None = None  # None: the pipeline's default; likewise steps and guidance
     image: str | None = None  # absolute path of the picture to start from
     image_sha256: str | None = None
+    mask: str | None = None  # likewise of a picture that is white where `image` is painted anew
+    mask_sha256: str | None = None
     strength: float = 0.8  # how far to leave `image`: 0 keeps it, 1 starts from noise
     steps: int | None = None
     guidance: float | None = None

@@ -186,6 +186,28 @@ def test_from_png_takes_the_picture_it_started_from_and_no_other(generate, scene
     assert read_settings(replaced).image == os.path.abspath("other.png")
 
 
+def test_a_mask_says_what_of_the_picture_is_painted(generate, scene, capsys):
+    white = np.zeros((48, 64), dtype=bool)
+    white[8:24, 30:50] = True
+    Image.fromarray(white).save("mask.png")
+    [path] = generate("a star", "--image", scene, "--mask", "mask.png", "--seed", "1")
+    start = np.asarray(Image.open(scene))
+    assert (pixels(path)[~white] == start[~white]).all()
+    assert (pixels(path)[white] != start[white]).any()
+    settings = read_settings(path)
+    assert (settings.image, settings.mask) == tuple(map(os.path.abspath, (scene, "mask.png")))
+
+    [again] = generate("--from-png", path)
+    assert (pixels(again) == pixels(path)).all()
+    Image.fromarray(~white).save("mask.png")
+    assert cli.main(["generate", "--from-png", path]) == 2
+    assert "mask.png is not what outputs/a-star-1.png was made from: give --mask" in capsys.readouterr().err
+    [other] = generate("--from-png", path, "--mask", "mask.png")
+    assert (pixels(other)[white] == start[white]).all()
+    assert cli.main(["generate", "a star", "--mask", "mask.png"]) == 2
+    assert "--mask says what of --image to paint anew, which is not given" in capsys.readouterr().err
+
+
 # --- Files --------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +293,7 @@ def test_ctrl_c_leaves_whole_pictures_alone_behind(generate, folder, monkeypatch
         (["a", "--size", "0"], "size must be a width and a height in pixels, got (0, 0)"),
         (["a", "--strength", "0.5"], "--strength says how far to leave --image, which is not given"),
         (["a", "--image", "missing.png"], "missing.png is no file"),
+        (["a", "--mask", "missing.png"], "missing.png is no file"),
         (["a", "--prompt-file", "missing.txt"], "missing.txt: No such file or directory"),
         (["a", "--model", "missing/folder/"], "there is no folder missing/folder/, and it is no hub name"),
         (["a", "--model", "."], ". is no pipeline folder: it holds no model_index.json"),

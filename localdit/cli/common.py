@@ -151,7 +151,7 @@ def fit(settings: Settings, pipeline: "type[DiffusionPipeline]", config: Mapping
         _check_label(settings, config)
     elif settings.label is not None:
         raise ValueError(f"{settings.model} draws prompts, not labels, got the label {settings.label}")
-    for name, argument in (ARGUMENTS | {"image": "image", "size": "height"}).items():
+    for name, argument in (ARGUMENTS | {"image": "image", "mask": "mask", "size": "height"}).items():
         if argument not in takes and getattr(settings, name):
             raise ValueError(f"{pipeline.__name__} takes no {argument}: leave out --{name}")
     own: dict[str, Any] = {

@@ -364,7 +364,7 @@ def report(
     if plan.settings:
         settings = dataclasses.asdict(next(iter(plan.settings.values())))
         results["seed"] = settings.pop("seed")
-        for name in ("prompt", "label", "image", "image_sha256", "strength"):
+        for name in ("prompt", "label", "image", "image_sha256", "mask", "mask_sha256", "strength"):
             del settings[name]
         settings["prompts"] = args.prompts or args.geneval or "scenes"
     results |= found.figures

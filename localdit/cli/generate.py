@@ -9,6 +9,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ def add(commands: Any) -> Parser:
         '  localdit generate "a red circle left of a blue square"\n'
         '  localdit generate "a green star" "a pink ring" --num 3 --seed 7 --out stars/\n'
         '  localdit generate "a green star" --image scene.png --strength 0.6\n'
+        '  localdit generate "a green star" --image scene.png --mask spot.png\n'
         '  localdit generate --label "golden retriever" --label 7 --model my-ledit\n'
         '  localdit generate --prompt-file prompts.txt --out "{index:03d}-{slug}.png" --json\n'
         "  localdit generate --from-png outputs/a-green-star-7.png --steps 50",
@@ -71,6 +73,11 @@ def add(commands: Any) -> Parser:
         type=float,
         metavar="S",
         help=f"how far to leave --image: 0 keeps it, 1 ignores it (default: {Settings.strength})",
+    )
+    what.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="picture of the size of --image, white where that is painted anew; the rest of it stays",
     )
     what.add_argument(
         "--from-png", metavar="FILE", help="the settings of this picture; options given here go first"
@@ -103,7 +110,7 @@ def add(commands: Any) -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Draw one picture after the other, and write each when it is there."""
-    start, pictures = plan_pictures(args)
+    starts, pictures = plan_pictures(args)
     paths = plan_paths(args.out, pictures, args.overwrite)
 
     device, dtype = choose_device(args.device, pictures[0].dtype)
@@ -123,15 +130,15 @@ def run(args: argparse.Namespace) -> None:
         # Disabled by None, the bar is there on a terminal alone.
         pipe.set_progress_bar_config(desc=f"{index + 1}/{len(pictures)}", disable=args.quiet or None)
         started = time.perf_counter()
-        picture = draw(pipe, settings, start)
+        picture = draw(pipe, settings, starts)
         seconds = round(time.perf_counter() - started, 3)
         write_png(picture, path, settings, made_with)
         line = {"file": str(path), "seconds": seconds, **dataclasses.asdict(settings), "made_with": made_with}
         print(json.dumps(line) if args.json else path, flush=True)
 
 
-def plan_pictures(args: argparse.Namespace) -> tuple["Image | None", list[Settings]]:
-    """The picture to start from, if any, and the settings of each picture to draw.
+def plan_pictures(args: argparse.Namespace) -> tuple[dict[str, "Image"], list[Settings]]:
+    """The picture to start from and its mask, if any, and the settings of each picture to draw.
 
     What the command line says goes before what `--from-png` says, and that before the defaults.
     """
@@ -144,14 +151,19 @@ def plan_pictures(args: argparse.Namespace) -> tuple["Image | None", list[Settin
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
 
-    start = None
-    if settings.get("image") is not None:
-        start, digest = read_picture(settings["image"])
-        if args.image is None and digest != settings["image_sha256"]:
-            raise ValueError(f"{settings['image']} is not what {args.from_png} was made from: give --image")
-        settings |= {"image": os.path.abspath(settings["image"]), "image_sha256": digest}
-    elif args.strength is not None:
-        raise ValueError("--strength says how far to leave --image, which is not given")
+    starts = {}
+    for name in ("image", "mask"):
+        if (path := settings.get(name)) is None:
+            continue
+        starts[name], digest = read_picture(path)
+        if getattr(args, name) is None and digest != settings[f"{name}_sha256"]:
+            raise ValueError(f"{path} is not what {args.from_png} was made from: give --{name}")
+        settings |= {name: os.path.abspath(path), f"{name}_sha256": digest}
+    if "image" not in starts:
+        if args.strength is not None:
+            raise ValueError("--strength says how far to leave --image, which is not given")
+        if "mask" in starts:
+            raise ValueError("--mask says what of --image to paint anew, which is not given")
     settings["model"] = find_model(settings.get("model", Settings.model))
     if (named := settings.get("pipeline")) is not None and args.pipeline is None:
         # A picture may come from a stranger, who has no say in what is imported.
@@ -161,7 +173,7 @@ def plan_pictures(args: argparse.Namespace) -> tuple["Image | None", list[Settin
     seed = secrets.randbelow(2**32) if seed is None else seed
     repeated = [each for each in shown for _ in range(args.num)]
     pictures = [Settings(**(settings | each | {"seed": seed + i})) for i, each in enumerate(repeated)]
-    return start, pictures
+    return starts, pictures
 
 
 def plan_shown(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -218,14 +230,14 @@ def slug(text: str) -> str:
     return re.sub(r"[\W_]+", "-", text.lower())[:40].strip("-") or "picture"
 
 
-def draw(pipe: Any, settings: Settings, start: "Image | None") -> "Image":
+def draw(pipe: Any, settings: Settings, starts: Mapping[str, "Image"]) -> "Image":
     """One picture."""
     import torch
 
     what: str | int = settings.prompt
     if settings.label is not None:
         what = pipe.labels[settings.label] if settings.label in pipe.labels else int(settings.label)
-    beginning = {} if start is None else {"image": start, "strength": settings.strength}
+    beginning = {**starts, "strength": settings.strength} if starts else {}
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     pictures = pipe(what, generator=generator, return_dict=False, **beginning, **call_options(settings))[0]
     return pictures[0]
