@@ -23,6 +23,7 @@ import localdit
 from localdit import cli
 from localdit.evaluation import speed
 from localdit.evaluation.scenes import evaluation_prompts
+from localdit.evaluation.timing import Setup, Spread
 from localdit.pictures import Settings, read_settings
 from localdit.pipelines import PIPELINES
 
@@ -628,26 +629,36 @@ def test_two_processes_evaluate_as_one_does(model, folder):
         assert (pixels(f"one/images/{name}") == pixels(f"two/images/{name}")).all()
 
 
-def test_benchmark_prints_a_table_or_json(monkeypatch, capsys):
-    result = speed.Result(
-        device="cpu",
-        dtype="float32",
-        size=64,
-        batch=2,
-        threads=1,
-        pairs=3,
-        global_context=True,
-        seconds=1.5,
-        pixart_seconds=3.0,
-        ratio=2.0,
-        ratio_low=1.9,
-        ratio_high=2.1,
+def test_benchmark_prints_tables_or_json_and_writes_files(monkeypatch, capsys, folder):
+    about = {"device": "cpu", "dtype": "float32", "size": 64, "batch": 2, "threads": 1, "pairs": 3}
+    ours = speed.Result(
+        **about,
+        model="global",
+        title="LocalDiT, global context",
+        blocks=18,
+        text_tokens=120,
+        seconds=Spread(1.5, 1.4, 1.6),
+        ratios={"pixart-alpha": Spread(2.0, 1.9, 2.1)},
+        floor_seconds=0.5,
+        over_floor=3.0,
     )
+    peer = dataclasses.replace(ours, model="pixart-alpha", title="PixArt-alpha XL", ratios={})
     seen = []
-    monkeypatch.setattr(speed, "benchmark", lambda *args: seen.append(args) or [result])
-    assert cli.main(["benchmark", "--size", "64", "--batch", "2", "--threads", "1", "--pairs", "3"]) == 0
-    assert seen == [(64, 3, 2, "float32", 1, None)]
-    table = capsys.readouterr().out.splitlines()
-    assert table[-1].split() == ["cpu", "with", "1.500s", "3.000s", "2.00", "1.90", "to", "2.10"]
+    monkeypatch.setattr(speed, "benchmark", lambda *args: seen.append(args) or iter([[ours, peer]]))
+    arguments = ["benchmark", "--size", "64", "96", "--batch", "2", "--threads", "1", "--pairs", "3"]
+    assert cli.main([*arguments, "--models", "global", "pixart-alpha", "--cpu-time", "--out", "speed"]) == 0
+    setup = Setup(pairs=3, threads=1, cpu_time=True)
+    assert seen == [(setup, [64, 96], [2], ["global", "pixart-alpha"], None, None)]
+    printed = capsys.readouterr().out
+    assert "CPU, 1 threads: 64 px, batch 2, float32, 3 rounds" in printed
+    assert "2.00 (1.90 to 2.10)" in printed
+    assert (
+        "| LocalDiT, global context | 1500 | 1400 to 1600 | 3.00 |" in (folder / "speed/speed.md").read_text()
+    )
+    assert json.loads((folder / "speed/speed.json").read_text())[1]["model"] == "pixart-alpha"
+    assert (folder / "speed/speed.png").stat().st_size > 1000
+
     assert cli.main(["benchmark", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(result)
+    assert seen[1] == (Setup(), [1024], [1], None, None, None)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [dataclasses.asdict(ours), dataclasses.asdict(peer)]

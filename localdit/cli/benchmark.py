@@ -3,74 +3,170 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localdit.cli.common import Parser
+from localdit.cli.models import columns, markdown
+from localdit.files import staged_file
 from localdit.pictures import DTYPES
 
 if TYPE_CHECKING:
     from localdit.evaluation import masking, speed
+    from localdit.evaluation.timing import Setup
 
 
 def add(commands: Any) -> Parser:
     parser: Parser = commands.add_parser(
         "benchmark",
-        help="compare the transformer's speed with PixArt's",
-        description="Time a forward of the published LocalDiT, without and with global context, against one\n"
-        "of diffusers' PixArt-XL/2, in turns, with random weights. On a CPU slices of 3 blocks\n"
-        "stand for the models.\n\n"
+        help="compare the transformer's speed with its peers'",
+        description="Time a forward of LocalDiT, in its published size, and of its peers, in turns, with\n"
+        "random weights. Ours has the text's keys and values, as in its pipeline; the peers run as\n"
+        "diffusers' pipelines run them. On a CPU slices of 3 blocks stand for the models, and the\n"
+        "default is LocalDiT without and with global context against PixArt-alpha XL. On CUDA whole\n"
+        "models run, by default all of them.\n\n"
+        "models:  local, global: LocalDiT, without and with global context; pixart-alpha, pixart-sigma: 120\n"
+        "         and 300 text tokens; sana-0.6b, sana-1.6b; published, published-global: with --reference\n"
+        "options: MODEL:OPTION+OPTION of torch, triton (ours without Triton kernels, or not without them),\n"
+        "         compiled (block by block), cudnn (attention), graph (CUDA graph)\n\n"
         "With --masking: time a training step, forward and backward, of SparseDiT with 75 % of the\n"
         "tokens dropped against one with none, Tiny on a CPU and XL on a GPU, and count the operations.",
+        epilog="examples:\n"
+        "  localdit benchmark\n"
+        "  localdit benchmark --models local local:compiled sana-0.6b --size 512 1024 --out speed\n"
+        "  localdit benchmark --device cuda --dtype bfloat16 --size 512 1024 2048 --batch 2 --out speed",
     )
     parser.add_argument("--masking", action="store_true", help="what dropping tokens saves in training")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="what competes (default: see above)")
     parser.add_argument(
-        "--size", type=int, help="side of the picture in pixels (default: 1024, with --masking 256)"
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="sides of the picture in pixels (default: 1024, with --masking 256)",
     )
     parser.add_argument("--pairs", type=int, default=8, help="rounds to measure (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures in a forward (default: %(default)s)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="pictures in a forward; 2 is one with guidance (default: 1)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: PyTorch's choice)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: the CPU, and a GPU too where there is one"
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON for each comparison")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on a CPU that others use too: the time that its cores worked for this",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="for the rounds of one size and batch; three are measured in any case (default: none)",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FOLDER",
+        help="checkout of the published LocalDiT, for the models published and published-global: its\n"
+        "attention is loaded and run, so let it be one that you trust",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for speed.json, speed.md and speed.png")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON for each result")
     parser.set_defaults(run=run)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    from localdit.evaluation import masking, speed
+    from localdit.evaluation.timing import Setup
 
-    size = args.size if args.size is not None else 256 if args.masking else 1024
-    options = (size, args.pairs, args.batch, args.dtype, args.threads, args.device)
-    results: Any = masking.benchmark(*options) if args.masking else speed.benchmark(*options)
+    setup = Setup(args.pairs, args.dtype, args.threads, args.device, args.cpu_time)
+    if args.masking:
+        _run_masking(args, setup)
+    else:
+        _run_speed(args, setup)
+
+
+def _run_speed(args: argparse.Namespace, setup: "Setup") -> None:
+    from localdit.evaluation import speed
+
+    results: list[speed.Result] = []
+    options = (args.size or [1024], args.batch, args.models, args.reference, args.limit)
+    for found in speed.benchmark(setup, *options):
+        results += found
+        if args.json:
+            for result in found:
+                print(json.dumps(dataclasses.asdict(result)), flush=True)
+        else:
+            print(_tables(found, columns), flush=True)
+        if args.out is not None:
+            _write(args.out, results)  # what there is, should the next take too long
+
+
+def _tables(found: "list[speed.Result]", table: Any) -> str:
+    """One comparison: what it was measured on, times, ratios."""
+    from localdit.evaluation.speed_report import heading, ratio_rows, time_rows
+
+    ratios = ratio_rows(found)
+    return "\n\n".join([heading(found), table(time_rows(found)), *([table(ratios)] if ratios else []), ""])
+
+
+def _write(folder: Path, results: "list[speed.Result]") -> None:
+    from localdit.evaluation.speed_report import comparisons, draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with staged_file(folder / "speed.json") as path:
+        path.write_text(
+            json.dumps([dataclasses.asdict(found) for found in results], indent=1), encoding="utf-8"
+        )
+    with staged_file(folder / "speed.md") as path:
+        path.write_text(
+            "\n".join(_tables(found, markdown) for found in comparisons(results)), encoding="utf-8"
+        )
+    with staged_file(folder / "speed.png") as path:
+        draw(results, path)
+
+
+def _run_masking(args: argparse.Namespace, setup: "Setup") -> None:
+    from localdit.evaluation import masking
+
+    sizes = args.size or [256]
+    results = [
+        result for size in sizes for batch in args.batch for result in masking.benchmark(setup, size, batch)
+    ]
     if args.json:
         for result in results:
             print(json.dumps(dataclasses.asdict(result)))
         return
-    print(f"{size} px, batch {args.batch}, {args.dtype}, {args.pairs} rounds, {results[0].threads} threads")
-    if args.masking:
-        print_masking(results)
-    else:
-        print_speed(results)
-
-
-def print_speed(results: list["speed.Result"]) -> None:
-    print(f"{'device':8}{'global context':16}{'LocalDiT':>10}{'PixArt':>10}{'ratio':>8}   quartiles")
-    for result in results:
-        context = "with" if result.global_context else "without"
-        times = f"{result.seconds:9.3f}s{result.pixart_seconds:9.3f}s"
-        spread = f"{result.ratio_low:.2f} to {result.ratio_high:.2f}"
-        print(f"{result.device:8}{context:16}{times}{result.ratio:8.2f}   {spread}")
-
-
-def print_masking(results: list["masking.Result"]) -> None:
-    print(f"{'device':8}{'model':8}{'dropped':>10}{'whole':>10}{'ratio':>8}   {'quartiles':14}{'counted':>8}")
-    for result in results:
-        times = f"{result.masked_seconds:9.3f}s{result.unmasked_seconds:9.3f}s"
-        spread = f"{result.ratio_low:.2f} to {result.ratio_high:.2f}"
-        print(
-            f"{result.device:8}{result.model:8}{times}{result.ratio:8.2f}   {spread:14}{result.counted:8.2f}"
-        )
+    print(f"{args.dtype}, {args.pairs} rounds, {results[0].threads} threads")
+    print(columns(masking_rows(results)))
     result = results[0]
     print(f"counted for XL: {result.counted_xl_256:.2f} at 256 px, {result.counted_xl_512:.2f} at 512 px")
+
+
+def masking_rows(results: list["masking.Result"]) -> list[list[str]]:
+    """A table of what dropped tokens save; the first row is its head."""
+    head = ["device", "model", "px", "batch", "dropped", "whole", "ratio", "quartiles", "counted"]
+    return [
+        head,
+        *(
+            [
+                result.device,
+                result.model,
+                f"{result.size}",
+                f"{result.batch}",
+                f"{result.masked_seconds:.3f}s",
+                f"{result.unmasked_seconds:.3f}s",
+                f"{result.ratio.median:.2f}",
+                f"{result.ratio.low:.2f} to {result.ratio.high:.2f}",
+                f"{result.counted:.2f}",
+            ]
+            for result in results
+        ),
+    ]

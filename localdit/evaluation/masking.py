@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from localdit.evaluation.speed import DTYPES, draw_weights, measuring, seconds
+from localdit.evaluation.timing import DTYPES, Measured, Setup, Spread, check_picture, draw_weights, spread
 from localdit.models.sparse_dit import SparseDiTTransformer2DModel
 
 XL: dict[str, Any] = {}
@@ -36,52 +36,35 @@ TEXT_TOKENS = 77
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Measured):
     """A step with 75 % of the tokens dropped, against one with all. A ratio of 2: it takes half."""
 
-    device: str
     model: str  # "Tiny" or "XL"
-    dtype: str
-    size: int  # side of the picture in pixels
-    batch: int
-    threads: int  # of PyTorch on the CPU
-    pairs: int
     masked_seconds: float  # forward and backward, median
     unmasked_seconds: float
-    ratio: float  # median of the ratios of the pairs
-    ratio_low: float  # lower quartile
-    ratio_high: float  # upper quartile
+    ratio: Spread  # of the ratios of the pairs
     counted: float  # ratio of the operations, of this model at this size
     counted_xl_256: float  # of XL at 256 pixels
     counted_xl_512: float
 
 
-def benchmark(
-    size: int = 256,
-    pairs: int = 8,
-    batch: int = 1,
-    dtype: str = "float32",
-    threads: int | None = None,
-    device: str | None = None,
-) -> list[Result]:
+def benchmark(setup: Setup, size: int = 256, batch: int = 1) -> list[Result]:
     """Time training steps with 75 % of the tokens dropped, and with none.
 
     Args:
+        setup: How to measure.
         size: Side of the square picture in pixels, a multiple of 16.
-        pairs: Pairs of steps that are measured, after one that warms up.
         batch: Pictures per step.
-        dtype: "float32", "bfloat16" or "float16", of weights and inputs.
-        threads: PyTorch's threads on the CPU; None leaves them as they are.
-        device: "cpu" or "cuda"; None for "cpu", and "cuda" too where there is one.
 
     Returns:
         One result for each device.
 
     Raises:
-        ValueError: for a size, number or dtype outside these.
+        ValueError: for a size or batch outside these, or a device that is not here.
     """
-    with measuring(size, pairs, batch, dtype, threads, device) as devices:
-        return [_compare(size, pairs, batch, dtype, at) for at in devices]
+    check_picture(size, batch)
+    with setup.devices() as devices:
+        return [_compare(setup, size, batch, device) for device in devices]
 
 
 def operations(config: dict[str, Any], size: int, mask_ratio: float) -> int:
@@ -106,11 +89,11 @@ def counted_ratio(config: dict[str, Any], size: int) -> float:
     return operations(config, size, 0.0) / operations(config, size, MASK_RATIO)
 
 
-def _compare(size: int, pairs: int, batch: int, dtype: str, device: torch.device) -> Result:
+def _compare(setup: Setup, size: int, batch: int, device: torch.device) -> Result:
     name, config = MODELS[device.type]
     with device:
         model = SparseDiTTransformer2DModel(**config).train()
-        draw_weights(model, DTYPES[dtype])
+        draw_weights(model, DTYPES[setup.dtype])
         inputs = _inputs(model, size, batch)
 
     def step(mask_ratio: float) -> None:
@@ -118,26 +101,23 @@ def _compare(size: int, pairs: int, batch: int, dtype: str, device: torch.device
 
     masked: list[float] = []
     unmasked: list[float] = []
-    for pair in range(1 + pairs):
+    for pair in range(1 + setup.pairs):
         order = ((MASK_RATIO, masked), (0.0, unmasked))
         for mask_ratio, times in order if pair % 2 else order[::-1]:
             model.zero_grad()
-            times.append(seconds(partial(step, mask_ratio), device))
+            times.append(setup.seconds(partial(step, mask_ratio), device))
     del masked[0], unmasked[0]  # that pair warmed up
-    low, ratio, high = np.quantile(np.divide(unmasked, masked), (0.25, 0.5, 0.75)).tolist()
     return Result(
         device=device.type,
-        model=name,
-        dtype=dtype,
+        dtype=setup.dtype,
         size=size,
         batch=batch,
         threads=torch.get_num_threads(),
-        pairs=pairs,
+        pairs=setup.pairs,
+        model=name,
         masked_seconds=float(np.median(masked)),
         unmasked_seconds=float(np.median(unmasked)),
-        ratio=ratio,
-        ratio_low=low,
-        ratio_high=high,
+        ratio=spread(np.divide(unmasked, masked)),
         counted=counted_ratio(config, size),
         counted_xl_256=counted_ratio(XL, 256),
         counted_xl_512=counted_ratio(XL, 512),

@@ -1,211 +1,280 @@
-"""How fast the LocalDiT transformer is beside diffusers' PixArt, the model it descends from, in one run.
+"""How fast the LocalDiT transformer is beside its peers, in one run.
 
-The published sizes are compared: LocalDiT's 18 blocks, with and without global context, against the 28 of
-PixArt-XL/2 with full attention. Both are 1152 wide and project 120 text tokens anew in each forward; weights
-are random. A time means little on another machine or in another run, a ratio within a run a lot: so the
-contestants take turns in rounds, in alternating order, and each round gives a ratio.
+Published sizes are compared, of LocalDiT and of the transformers that `contestants` lists, with random
+weights. They take turns in rounds, in alternating order, and each round gives a ratio. Beside the times is
+the least that a forward can take (`floors`) at this machine's own speeds of copying and multiplying, measured
+first.
 
-On a CPU a slice of 3 blocks stands for the model. The slice is timed without its blocks too: what that takes
-is there once, at any depth, and the rest belongs to the blocks:
+On a CPU a slice of 3 blocks stands for a model. The slice is timed without its blocks too: what that takes is
+there once, at any depth, and the rest belongs to the blocks:
 
     whole = empty + (slice - empty) * depth / 3
 
-On CUDA the whole models run.
+On CUDA whole models run.
 """
 
+import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import PixArtTransformer2DModel
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from localdit.models.local_dit import LocalDiTTransformer2DModel
+from localdit.evaluation import contestants as known
+from localdit.evaluation import floors
+from localdit.evaluation.contestants import Contestant, Picture
+from localdit.evaluation.counting import count
+from localdit.evaluation.timing import DTYPES, Measured, Setup, Spread, check_picture, spread
 
-WIDTH: dict[str, Any] = {"num_attention_heads": 16, "attention_head_dim": 72, "caption_channels": 4096}
-LOCAL_DIT_BLOCKS, PIXART_BLOCKS = 18, 28
 SLICE = 3  # blocks that stand for a model on a CPU
-TEXT_TOKENS = 120
 EMPTY_RUNS = 5  # of the slice without its blocks: a small part of the whole, so that few will do
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FEWEST_ROUNDS = 3  # that are measured, if the time for a comparison runs out
+DEFAULT_MODELS = {
+    "cpu": ("local", "global", "pixart-alpha"),
+    "cuda": (
+        *("local:torch", "local", "local:compiled", "local:compiled+graph"),
+        *("global:torch", "global", "global:compiled", "global:compiled+graph"),
+        *("pixart-alpha", "pixart-alpha:cudnn+compiled"),
+        *("pixart-sigma", "pixart-sigma:cudnn", "pixart-sigma:compiled"),
+        *("pixart-sigma:cudnn+compiled", "pixart-sigma:cudnn+compiled+graph"),
+        *("sana-0.6b", "sana-0.6b:compiled", "sana-1.6b", "sana-1.6b:compiled"),
+    ),
+}
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}  # of the copies that measure memory
+PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that measure arithmetic
+CEILING_RUNS = 10
+NOTHING = Spread(0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Result:
-    """One LocalDiT against PixArt. `ratio` above 1: LocalDiT is that many times faster."""
+class Result(Measured):
+    """One contestant at one size."""
 
-    device: str
-    dtype: str
-    size: int  # side of the picture in pixels
-    batch: int
-    threads: int  # of PyTorch on the CPU
-    pairs: int
-    global_context: bool
-    seconds: float  # one forward of LocalDiT's 18 blocks, median
-    pixart_seconds: float  # one forward of PixArt's 28, median
-    ratio: float  # median of the ratios of the pairs
-    ratio_low: float  # lower quartile
-    ratio_high: float  # upper quartile
+    model: str  # its name, as `--models` takes it
+    title: str
+    blocks: int  # of the published model
+    text_tokens: int
+    error: str = ""  # why it did not run; all below is then as here
+    seconds: Spread = NOTHING  # one forward of the whole model
+    first_seconds: float = 0  # the first call, which compiles; on a CPU, of the slice
+    # To each peer: how many times as long that takes. Above 1, this one is faster.
+    ratios: dict[str, Spread] = field(default_factory=dict)
+    parameters: int = 0
+    # Above weights and inputs. On CUDA allocated; on a CPU counted for eager PyTorch, likewise the kernels.
+    peak_bytes: int = 0
+    kernels: int = 0
+    moved_bytes: int = 0  # read and written by the kernels of eager PyTorch, counted
+    copy_speed: float = 0  # this machine's, measured: bytes a second, read and written
+    product_speed: float = 0  # likewise: operations a second
+    floor_seconds: float = 0  # the least at these two speeds
+    over_floor: float = 0  # median seconds / floor_seconds
+    bytes_per_second: float = 0  # what the floor has to move, in the median time; likewise operations
+    flops_per_second: float = 0
 
 
-class Contestant:
-    """A model's slice, what it is run on, and the depth that it stands for."""
+class Runner:
+    """A contestant's slice, its forward, and the depth that it stands for."""
 
-    def __init__(self, model: Any, inputs: dict[str, Any], depth: int):
-        self.model, self.inputs, self.depth = model, inputs, depth
+    def __init__(self, model: Any, forward: Callable[[], object], depth: int, clock: Callable[..., float]):
+        self.model, self.forward, self.depth, self.clock = model, forward, depth, clock
         self.seconds: list[float] = []  # of a whole forward, one a round
-        self.empty_seconds = self._time_without_blocks()
+        self.first_seconds = clock(forward)
+        is_whole = len(model.transformer_blocks) == depth
+        self.empty_seconds = 0.0 if is_whole else self._time_without_blocks()
 
     def run(self) -> None:
         """Time one forward of the slice and note what it means for the whole model."""
         scale = self.depth / len(self.model.transformer_blocks)
-        self.seconds.append(self.empty_seconds + scale * (self._time() - self.empty_seconds))
+        self.seconds.append(self.empty_seconds + scale * (self.clock(self.forward) - self.empty_seconds))
 
     def _time_without_blocks(self) -> float:
         """What of a forward does not grow with the depth: the median of a few, after one that warms up."""
-        blocks = self.model.transformer_blocks
-        self.model.transformer_blocks = nn.ModuleList()
-        times = [self._time() for _ in range(1 + EMPTY_RUNS)]
-        self.model.transformer_blocks = blocks
+        times = without_blocks(self.model, lambda: [self.clock(self.forward) for _ in range(1 + EMPTY_RUNS)])
         return float(np.median(times[1:]))
 
-    @torch.no_grad()
-    def _time(self) -> float:
-        return seconds(lambda: self.model(**self.inputs), self.inputs["hidden_states"].device)
+
+def without_blocks(model: Any, call: Callable[[], Any]) -> Any:
+    """What a call returns while the model has no blocks."""
+    blocks, model.transformer_blocks = model.transformer_blocks, nn.ModuleList()
+    try:
+        return call()
+    finally:
+        model.transformer_blocks = blocks
 
 
 def benchmark(
-    size: int = 1024,
-    pairs: int = 8,
-    batch: int = 1,
-    dtype: str = "float32",
-    threads: int | None = None,
-    device: str | None = None,
-) -> list[Result]:
-    """Time the transformer without and with global context against PixArt-XL/2.
+    setup: Setup,
+    sizes: Sequence[int] = (1024,),
+    batches: Sequence[int] = (1,),
+    models: Sequence[str] | None = None,
+    reference: Path | None = None,
+    limit: float | None = None,
+) -> Iterator[list[Result]]:
+    """Time transformers side by side.
 
     Args:
-        size: Side of the square picture in pixels, a multiple of 16.
-        pairs: Rounds that are measured, after one that warms up.
-        batch: Pictures per forward; 2 is one picture with guidance.
-        dtype: "float32", "bfloat16" or "float16", of weights and inputs.
-        threads: PyTorch's threads on the CPU; None leaves them as they are.
-        device: "cpu" or "cuda"; None for "cpu", and "cuda" too where there is one.
+        setup: How to measure.
+        sizes: Sides of the square pictures in pixels, multiples of 16, or of 32 with Sana.
+        batches: Pictures per forward; 2 is one picture with guidance.
+        models: Contestants, as `contestants.parse` reads them; None for `DEFAULT_MODELS` of the device.
+        reference: A checkout of the published LocalDiT. Its code is run.
+        limit: Seconds for the rounds of one comparison, after which at least 3 were measured; None for all.
 
-    Returns:
-        Two results for each device: without global context, then with it.
+    Yields:
+        The results of one device, size and batch, in the order of `models`.
 
     Raises:
-        ValueError: for a size, number or dtype outside these.
+        ValueError: for arguments outside these, before anything is measured.
     """
-    with measuring(size, pairs, batch, dtype, threads, device) as devices:
-        return [result for at in devices for result in _compare(size, pairs, batch, dtype, at)]
+    for size, batch in product(sizes, batches):
+        check_picture(size, batch)
+    with setup.devices() as devices:
+        teams = {
+            device: known.parse(models or DEFAULT_MODELS[device.type], reference, device.type)
+            for device in devices
+        }
+        for device, team in teams.items():
+            for contestant, size in product(team, sizes):
+                pixels = contestant.family.pixels
+                if size % pixels:
+                    raise ValueError(f"size must be a multiple of {pixels} for {contestant.name}, got {size}")
+            speeds = measure_ceilings(device, DTYPES[setup.dtype], setup)
+            for size, batch in product(sizes, batches):
+                picture = Picture(size, batch, DTYPES[setup.dtype], device)
+                yield _compare(team, picture, setup, reference, limit, speeds)
 
 
-@contextmanager
-def measuring(
-    size: int, pairs: int, batch: int, dtype: str, threads: int | None, device: str | None
-) -> Iterator[list[torch.device]]:
-    """Check the arguments of `benchmark`, and hold PyTorch to that many threads. Gives the devices."""
-    if size < 16 or size % 16:
-        raise ValueError(f"size must be a positive multiple of 16, got {size}")
-    for name, value in (("pairs", pairs), ("batch", batch), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+def measure_ceilings(device: torch.device, dtype: torch.dtype, setup: Setup) -> tuple[float, float]:
+    """Bytes a second that a copy reads and writes, and operations a second of a large matrix product."""
 
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    if device is not None and device not in devices:
-        raise ValueError(f"device must be one of {', '.join(devices)} here, got {device!r}")
+    def median(call: Callable[[], object]) -> float:
+        times = [setup.seconds(call, device) for _ in range(1 + CEILING_RUNS)]
+        return float(np.median(times[1:]))  # the first one touches its memory for the first time
 
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads or threads_before)
-    try:
-        yield [torch.device(name) for name in ([device] if device else devices)]
-    finally:
-        torch.set_num_threads(threads_before)
+    source, target = torch.randn(2, COPY_BYTES[device.type] // dtype.itemsize, dtype=dtype, device=device)
+    copying = median(lambda: target.copy_(source))
+    side = PRODUCT_SIDE[device.type]
+    left, right = torch.randn(2, side, side, dtype=dtype, device=device)
+    return 2 * source.nbytes / copying, 2 * side**3 / median(lambda: left @ right)
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, until the device has done it."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
+def _compare(
+    team: Sequence[Contestant],
+    picture: Picture,
+    setup: Setup,
+    reference: Path | None,
+    limit: float | None,
+    speeds: tuple[float, float],
+) -> list[Result]:
+    device, (copy_speed, product_speed) = picture.device, speeds
+    runners: dict[Contestant, Runner] = {}
+    errors: dict[Contestant, str] = {}
+    found: dict[Contestant, dict[str, Any]] = {}
+    for contestant in team:
+        depth = contestant.family.depth
+        blocks = SLICE if device.type == "cpu" else depth
+        try:
+            model, forward = contestant.build(picture, blocks, reference)
+            runners[contestant] = Runner(model, forward, depth, lambda call: setup.seconds(call, device))
+            found[contestant] = _inspect(contestant, picture, reference, forward)
+        except (RuntimeError, NotImplementedError) as error:
+            # Out of memory, or a kernel that this GPU lacks: the others run nevertheless.
+            if device.type == "cpu":
+                raise
+            runners.pop(contestant, None)
+            errors[contestant] = str(error).splitlines()[0]
+        model = forward = None
+        gc.collect()
 
+    start = time.monotonic()
+    for round_ in range(1 + setup.pairs):
+        if limit is not None and round_ > FEWEST_ROUNDS and time.monotonic() - start > limit:
+            break
+        order = list(runners.values())
+        for runner in order if round_ % 2 else order[::-1]:
+            runner.run()
+    for runner in runners.values():
+        del runner.seconds[0]  # that round warmed up
 
-def draw_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Draw every parameter anew: some start at zero, which may cost less time."""
-    for parameter in model.parameters():
-        parameter.data = 0.02 * torch.randn_like(parameter, dtype=dtype)
-
-
-def _compare(size: int, pairs: int, batch: int, dtype: str, device: torch.device) -> list[Result]:
-    local, mixed, pixart = contestants = _contestants(size, batch, DTYPES[dtype], device)
-    for round_ in range(1 + pairs):
-        order = (local, pixart, mixed)  # PixArt in the middle is next to both of the others
-        for contestant in order if round_ % 2 else order[::-1]:
-            contestant.run()
-    for contestant in contestants:
-        del contestant.seconds[0]  # that round warmed up
-
-    def result(ours: Contestant, global_context: bool) -> Result:
-        low, ratio, high = np.quantile(np.divide(pixart.seconds, ours.seconds), (0.25, 0.5, 0.75)).tolist()
+    def result(contestant: Contestant) -> Result:
+        family = contestant.family
+        about: dict[str, Any] = {
+            "device": device.type,
+            "dtype": setup.dtype,
+            "size": picture.size,
+            "batch": picture.batch,
+            "threads": torch.get_num_threads(),
+            "model": contestant.name,
+            "title": ", ".join((family.title, *contestant.options)),
+            "blocks": family.depth,
+            "text_tokens": family.text_tokens,
+        }
+        if contestant in errors:
+            return Result(**about, pairs=0, error=errors[contestant])
+        runner = runners[contestant]
+        peers = (peer for peer in runners if family.ours and not peer.family.ours)
+        took = spread(runner.seconds)
+        floor = contestant.floor(picture)
+        least = floors.seconds(floor, product_speed, copy_speed)
         return Result(
-            device=device.type,
-            dtype=dtype,
-            size=size,
-            batch=batch,
-            threads=torch.get_num_threads(),
-            pairs=pairs,
-            global_context=global_context,
-            seconds=float(np.median(ours.seconds)),
-            pixart_seconds=float(np.median(pixart.seconds)),
-            ratio=ratio,
-            ratio_low=low,
-            ratio_high=high,
+            **about,
+            pairs=len(runner.seconds),
+            seconds=took,
+            first_seconds=runner.first_seconds,
+            ratios={peer.name: spread(np.divide(runners[peer].seconds, runner.seconds)) for peer in peers},
+            **found[contestant],
+            copy_speed=copy_speed,
+            product_speed=product_speed,
+            floor_seconds=least,
+            over_floor=took.median / least,
+            bytes_per_second=sum(work.bytes for work in floor) / took.median,
+            flops_per_second=sum(work.flops for work in floor) / took.median,
         )
 
-    return [result(local, False), result(mixed, True)]
+    return [result(contestant) for contestant in team]
 
 
-def _contestants(size: int, batch: int, dtype: torch.dtype, device: torch.device) -> list[Contestant]:
-    """LocalDiT without and with global context, and PixArt, on the same latents and text."""
-    latent = size // 8
-    mask = torch.ones(batch, TEXT_TOKENS, device=device)
-    mask[:, TEXT_TOKENS // 2 :] = 0  # a prompt that fills half of the text tokens
-    inputs = {
-        "hidden_states": torch.randn(batch, 4, latent, latent, dtype=dtype, device=device),
-        "encoder_hidden_states": torch.randn(
-            batch, TEXT_TOKENS, WIDTH["caption_channels"], dtype=dtype, device=device
-        ),
-        "encoder_attention_mask": mask,
-        "timestep": torch.full((batch,), 500, device=device),
-        "added_cond_kwargs": {
-            "resolution": torch.full((batch, 2), float(size), dtype=dtype, device=device),
-            "aspect_ratio": torch.ones(batch, dtype=dtype, device=device),
-        },
+def _inspect(
+    contestant: Contestant, picture: Picture, reference: Path | None, forward: Callable[[], object]
+) -> dict[str, int]:
+    """Parameters, kernels and memory of the whole model: counted, and on CUDA seen in a forward."""
+    costs = _count(contestant, picture, reference)
+    if picture.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        forward()
+        costs["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            forward()
+            torch.cuda.synchronize()
+        on_gpu = (event.name for event in seen.events() if event.device_type == DeviceType.CUDA)
+        costs["kernels"] = sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu)
+    return costs
+
+
+def _count(contestant: Contestant, picture: Picture, reference: Path | None) -> dict[str, int]:
+    """The same for eager PyTorch without custom kernels, from a slice on the meta device."""
+    meta = replace(picture, device=torch.device("meta"))
+    model, forward = Contestant(contestant.model).build(meta, SLICE, reference)
+    forward()  # makes what is kept
+    one = count(forward)
+    rest = without_blocks(model, lambda: count(forward))
+
+    def whole(with_blocks: int, without: int) -> int:
+        return without + (with_blocks - without) * contestant.family.depth // SLICE
+
+    blocks = sum(parameter.numel() for parameter in model.transformer_blocks.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "parameters": whole(parameters, parameters - blocks),
+        "peak_bytes": one.peak_bytes,
+        "kernels": whole(len(one.kernels), len(rest.kernels)),
+        "moved_bytes": whole(one.bytes, rest.bytes),
     }
-
-    def build(model_class: Callable[..., nn.Module], depth: int, **config: Any) -> Contestant:
-        blocks = SLICE if device.type == "cpu" else depth
-        with device:
-            model = model_class(**WIDTH, **config, num_layers=blocks, sample_size=latent)
-        draw_weights(model, dtype)
-        return Contestant(model.eval(), inputs, depth)
-
-    dim = WIDTH["num_attention_heads"] * WIDTH["attention_head_dim"]
-    return [
-        build(LocalDiTTransformer2DModel, LOCAL_DIT_BLOCKS, global_context=False),
-        build(LocalDiTTransformer2DModel, LOCAL_DIT_BLOCKS, global_context=True),
-        build(
-            PixArtTransformer2DModel, PIXART_BLOCKS, cross_attention_dim=dim, use_additional_conditions=True
-        ),
-    ]

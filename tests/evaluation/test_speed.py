@@ -1,91 +1,168 @@
-"""The speed comparison: what a slice says about a whole model, and the shape of the results."""
+"""The speed comparison: what a slice says about a whole model, whose turn it is, and what is reported."""
 
-from types import SimpleNamespace
+import dataclasses
+import json
 
 import pytest
 import torch
 from torch import nn
 
-from localdit.evaluation import speed
-
-
-def test_a_slice_tells_the_time_of_the_whole(monkeypatch):
-    """3 blocks stand for 20: the part outside the blocks counts once."""
-    clock = 0.0
-
-    class Model(nn.Module):
-        """Its forward takes 4 s, and 10 s more for each block."""
-
-        def __init__(self):
-            super().__init__()
-            self.transformer_blocks = nn.ModuleList(nn.Identity() for _ in range(3))
-
-        def forward(self, hidden_states):
-            nonlocal clock
-            clock += 4 + 10 * len(self.transformer_blocks)
-
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock))
-    model = Model()
-    contestant = speed.Contestant(model, {"hidden_states": torch.zeros(1)}, depth=20)
-    contestant.run()
-    assert (contestant.empty_seconds, contestant.seconds) == (4, [204])
-    assert len(model.transformer_blocks) == 3
+from localdit.evaluation import contestants, speed
+from localdit.evaluation.speed_report import comparisons, draw, heading, ratio_rows, time_rows
+from localdit.evaluation.timing import Setup, Spread, spread
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The comparison at a width of 24 with 32 text channels."""
+    """The comparison at a width of 24 with 32 text channels, and little to measure the machine with."""
     width = {"num_attention_heads": 2, "attention_head_dim": 12, "caption_channels": 32}
-    monkeypatch.setattr(speed, "WIDTH", width)
+    monkeypatch.setattr(contestants, "WIDTH", width)
+    monkeypatch.setattr(speed, "COPY_BYTES", {"cpu": 2**10})
+    monkeypatch.setattr(speed, "PRODUCT_SIDE", {"cpu": 8})
 
 
+class Clock:
+    """A clock on which a forward takes 4 s, and 10 s more for each block."""
+
+    def __init__(self):
+        self.model = nn.Module()
+        self.model.transformer_blocks = nn.ModuleList(nn.Identity() for _ in range(3))
+
+    def __call__(self, forward):
+        forward()
+        return 4 + 10 * len(self.model.transformer_blocks)
+
+
+def test_a_slice_tells_the_time_of_the_whole():
+    """3 blocks stand for 20: the part outside the blocks counts once."""
+    clock = Clock()
+    runner = speed.Runner(clock.model, lambda: None, 20, clock)
+    runner.run()
+    assert (runner.first_seconds, runner.empty_seconds, runner.seconds) == (34, 4, [204])
+    assert len(clock.model.transformer_blocks) == 3
+
+
+def test_a_whole_model_is_timed_as_it_is():
+    clock = Clock()
+    runner = speed.Runner(clock.model, lambda: None, 3, clock)
+    runner.run()
+    assert (runner.empty_seconds, runner.seconds) == (0, [34])
+
+
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_local_dits_are_compared_with_pixart(narrow, dtype):
-    results = speed.benchmark(size=48, pairs=3, batch=2, dtype=dtype, device="cpu")
-    assert [result.global_context for result in results] == [False, True]
+def test_both_local_dits_are_compared_with_pixart(dtype):
+    setup = Setup(pairs=3, dtype=dtype, device="cpu", cpu_time=True)
+    (results,) = speed.benchmark(setup, [48], [2])
+    assert [result.model for result in results] == ["local", "global", "pixart-alpha"]
     for result in results:
         assert (result.size, result.pairs, result.batch, result.dtype) == (48, 3, 2, dtype)
         assert (result.device, result.threads) == ("cpu", torch.get_num_threads())
-        assert 0 < result.ratio_low <= result.ratio <= result.ratio_high
-        assert result.seconds > 0
-    assert results[0].pixart_seconds == results[1].pixart_seconds
+        assert 0 < result.seconds.low <= result.seconds.median <= result.seconds.high
+        assert result.over_floor == result.seconds.median / result.floor_seconds > 0
+        assert min(result.kernels, result.moved_bytes, result.peak_bytes, result.copy_speed) > 0
+    local, both, pixart = results
+    for ours in (local, both):
+        found = ours.ratios["pixart-alpha"]
+        assert 0 < found.low <= found.median <= found.high
+    assert pixart.ratios == {}
+    assert both.kernels > local.kernels
+    assert both.parameters > local.parameters
 
 
-def test_threads_hold_for_the_comparison_alone(monkeypatch):
-    monkeypatch.setattr(speed, "_compare", lambda *arguments: [torch.get_num_threads()])
+@pytest.mark.usefixtures("narrow")
+def test_a_ratio_is_taken_within_its_round_and_the_order_alternates(monkeypatch):
+    """Each contestant takes what its round says; the first round does not count."""
+    order: list[str] = []
+    by_round = {"local": [9.0, 1.0, 2.0, 4.0], "pixart-alpha": [1.0, 2.0, 6.0, 16.0]}
+
+    class Scripted(speed.Runner):
+        def __init__(self, model, forward, depth, clock):
+            self.name = "pixart-alpha" if "PixArt" in type(model).__name__ else "local"
+            self.seconds, self.first_seconds = [], 0.0
+
+        def run(self):
+            order.append(self.name[0])
+            self.seconds.append(by_round[self.name][len(self.seconds)])
+
+    monkeypatch.setattr(speed, "Runner", Scripted)
+    (results,) = speed.benchmark(Setup(pairs=3, device="cpu"), [48], models=["local", "pixart-alpha"])
+    assert "".join(order) == "pllppllp"
+    assert results[0].seconds.median == 2
+    assert results[0].ratios == {"pixart-alpha": Spread(3, 2.5, 3.5)}
+
+
+@pytest.mark.usefixtures("narrow")
+def test_three_rounds_are_measured_when_time_runs_out():
+    (results,) = speed.benchmark(Setup(pairs=50, device="cpu"), [32], models=["local"], limit=0.0)
+    assert results[0].pairs == 3
+
+
+@pytest.mark.usefixtures("narrow")
+def test_counts_of_the_whole_model_follow_from_a_slice(monkeypatch):
+    """5 blocks counted are 5 blocks extrapolated from 3."""
+    picture = contestants.Picture(64, 2, torch.bfloat16, torch.device("cpu"))
+    family = dataclasses.replace(contestants.FAMILIES["global"], depth=5)
+    monkeypatch.setitem(contestants.FAMILIES, "global", family)
+    from_three = speed._count(contestants.Contestant("global"), picture, None)
+    monkeypatch.setattr(speed, "SLICE", 5)
+    assert speed._count(contestants.Contestant("global"), picture, None) == from_three
+
+
+@pytest.mark.usefixtures("narrow")
+def test_the_report_has_a_table_of_times_one_of_ratios_and_a_picture(tmp_path):
+    models = ["local", "pixart-alpha"]
+    results = [
+        result
+        for found in speed.benchmark(Setup(1, device="cpu"), [32, 48], models=models)
+        for result in found
+    ]
+    assert json.loads(json.dumps([dataclasses.asdict(result) for result in results]))[0]["model"] == "local"
+    assert [[one.size for one in found] for found in comparisons(results)] == [[32, 32], [48, 48]]
+    assert heading(results).startswith(
+        f"CPU, {torch.get_num_threads()} threads: 32 px, batch 1, float32, 1 rounds"
+    )
+    head, first, second = time_rows(results[:2])
+    assert len(head) == len(first) == len(second)
+    assert (first[0], second[0]) == ("LocalDiT", "PixArt-alpha XL")
+    head, row = ratio_rows(results[:2])
+    assert head == ["times as fast as", "PixArt-alpha XL"]
+    assert row[0] == "LocalDiT"
+    assert row[1].startswith(f"{results[0].ratios['pixart-alpha'].median:.2f} (")
+    assert ratio_rows(results[1:2]) == []
+
+    draw(results, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_one_that_failed_is_in_the_table():
+    result = speed.Result("cuda", "float32", 64, 1, 1, 0, "local", "LocalDiT", 18, 120, error="out of memory")
+    assert time_rows([result])[1][:2] == ["LocalDiT", "failed: out of memory"]
+
+
+def test_quartiles_and_median():
+    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(median=3.0, low=2.0, high=4.0)
+
+
+def test_threads_hold_for_the_comparison_alone():
     before = torch.get_num_threads()
-    assert speed.benchmark(threads=before + 2, device="cpu") == [before + 2]
+    with Setup(threads=before + 2, device="cpu").devices():
+        assert torch.get_num_threads() == before + 2
     assert torch.get_num_threads() == before
 
 
-def test_the_contestants_are_the_published_models():
-    """On the meta device, as on CUDA, the models are whole."""
-    contestants = speed._contestants(1024, 1, torch.float32, torch.device("meta"))
-    assert [sum(p.numel() for p in contestant.model.parameters()) for contestant in contestants] == [
-        398_780_368,
-        518_662_672,
-        611_349_152,
-    ]
-    assert [contestant.depth for contestant in contestants] == [18, 18, 28]
-
-
-def test_no_weight_of_a_contestant_is_silent(narrow):
-    for contestant in speed._contestants(48, 1, torch.float32, torch.device("cpu")):
-        for name, parameter in contestant.model.named_parameters():
-            assert parameter.std() > 0.01, name
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("setup", "arguments", "message"),
     [
-        ({"size": 1000}, "size must be a positive multiple of 16, got 1000"),
-        ({"pairs": 0}, "pairs must be at least 1, got 0"),
-        ({"batch": 0}, "batch must be at least 1, got 0"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
-        ({"device": "tpu"}, "device must be one of cpu.* here, got 'tpu'"),
+        ({}, {"sizes": [1000]}, "size must be a positive multiple of 16, got 1000"),
+        ({}, {"sizes": [48], "models": ["sana-0.6b"]}, "size must be a multiple of 32 for sana-0.6b, got 48"),
+        ({}, {"batches": [1, 0]}, "batch must be at least 1, got 0"),
+        ({"pairs": 0}, {}, "pairs must be at least 1, got 0"),
+        ({"threads": 0}, {}, "threads must be at least 1, got 0"),
+        ({"dtype": "float8"}, {}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"device": "tpu"}, {}, "device must be one of cpu.* here, got 'tpu'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_bad_arguments_are_named(setup, arguments, message):
     with pytest.raises(ValueError, match=message):
-        speed.benchmark(**arguments)
+        list(speed.benchmark(Setup(**{"device": "cpu"} | setup), **arguments))
