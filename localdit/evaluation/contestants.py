@@ -220,7 +220,7 @@ def _local_dit(
 
 
 def _pixart(
-    picture: Picture, blocks: int, _: Path | None = None, *, text_tokens: int
+    picture: Picture, blocks: int, _: Path | None = None, *, text_tokens: int, out_channels: int = 8
 ) -> tuple[Any, dict[str, Any]]:
     """PixArt-alpha is told of the sizes, PixArt-Sigma is not."""
     alpha = text_tokens == 120
@@ -231,6 +231,7 @@ def _pixart(
         num_layers=blocks,
         sample_size=picture.size // 8,
         cross_attention_dim=WIDTH["num_attention_heads"] * WIDTH["attention_head_dim"],
+        out_channels=out_channels,
         use_additional_conditions=alpha,
     )
     sizes = _sizes(picture) if alpha else {"resolution": None, "aspect_ratio": None}
@@ -254,7 +255,7 @@ def _published(
     """PixArt with the attention of a checkout put in, as the published `load_model` does it."""
     assert checkout is not None
     attention = load_published_attention(checkout)
-    model, inputs = _pixart(picture, blocks, text_tokens=120)
+    model, inputs = _pixart(picture, blocks, text_tokens=120, out_channels=4)
     heads, head_dim = WIDTH["num_attention_heads"], WIDTH["attention_head_dim"]
     window = 4
     for index, block in enumerate(model.transformer_blocks):
