@@ -633,6 +633,7 @@ def test_benchmark_prints_tables_or_json_and_writes_files(monkeypatch, capsys, f
     about = {"device": "cpu", "dtype": "float32", "size": 64, "batch": 2, "threads": 1, "pairs": 3}
     ours = speed.Result(
         **about,
+        guided=True,
         model="global",
         title="LocalDiT, global context",
         blocks=18,
@@ -645,12 +646,13 @@ def test_benchmark_prints_tables_or_json_and_writes_files(monkeypatch, capsys, f
     peer = dataclasses.replace(ours, model="pixart-alpha", title="PixArt-alpha XL", ratios={})
     seen = []
     monkeypatch.setattr(speed, "benchmark", lambda *args: seen.append(args) or iter([[ours, peer]]))
+    options = ["--models", "global", "pixart-alpha", "--cpu-time", "--guidance", "on", "off"]
     arguments = ["benchmark", "--size", "64", "96", "--batch", "2", "--threads", "1", "--pairs", "3"]
-    assert cli.main([*arguments, "--models", "global", "pixart-alpha", "--cpu-time", "--out", "speed"]) == 0
+    assert cli.main([*arguments, *options, "--out", "speed"]) == 0
     setup = Setup(pairs=3, threads=1, cpu_time=True)
-    assert seen == [(setup, [64, 96], [2], ["global", "pixart-alpha"], None, None)]
+    assert seen == [(setup, [64, 96], [2], [True, False], ["global", "pixart-alpha"], None, None)]
     printed = capsys.readouterr().out
-    assert "CPU, 1 threads: 64 px, batch 2, float32, 3 rounds" in printed
+    assert "CPU, 1 threads: 64 px, batch 2, guidance, float32, 3 rounds" in printed
     assert "2.00 (1.90 to 2.10)" in printed
     assert (
         "| LocalDiT, global context | 1500 | 1400 to 1600 | 3.00 |" in (folder / "speed/speed.md").read_text()
@@ -659,6 +661,6 @@ def test_benchmark_prints_tables_or_json_and_writes_files(monkeypatch, capsys, f
     assert (folder / "speed/speed.png").stat().st_size > 1000
 
     assert cli.main(["benchmark", "--json"]) == 0
-    assert seen[1] == (Setup(), [1024], [1], None, None, None)
+    assert seen[1] == (Setup(), [1024], [1], [False], None, None, None)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [dataclasses.asdict(ours), dataclasses.asdict(peer)]

@@ -21,8 +21,9 @@ def add(commands: Any) -> Parser:
         "benchmark",
         help="compare the transformer's speed with its peers'",
         description="Time a forward of LocalDiT, in its published size, and of its peers, in turns, with\n"
-        "random weights. Ours has the text's keys and values, as in its pipeline; the peers run as\n"
-        "diffusers' pipelines run them. On a CPU slices of 3 blocks stand for the models, and the\n"
+        "random weights. Each runs as its pipeline runs it: ours has the text's keys and values and\n"
+        "the timestep's modulations; diffusers' pipelines make them in every forward, and have each\n"
+        "picture twice with guidance. On a CPU slices of 3 blocks stand for the models, and the\n"
         "default is LocalDiT without and with global context against PixArt-alpha XL. On CUDA whole\n"
         "models run, by default all of them.\n\n"
         "models:  local, global: LocalDiT, without and with global context; pixart-alpha, pixart-sigma: 120\n"
@@ -34,7 +35,7 @@ def add(commands: Any) -> Parser:
         epilog="examples:\n"
         "  localdit benchmark\n"
         "  localdit benchmark --models local local:compiled sana-0.6b --size 512 1024 --out speed\n"
-        "  localdit benchmark --device cuda --dtype bfloat16 --size 512 1024 2048 --batch 2 --out speed",
+        "  localdit benchmark --device cuda --dtype bfloat16 --size 512 1024 2048 --guidance on --out speed",
     )
     parser.add_argument("--masking", action="store_true", help="what dropping tokens saves in training")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="what competes (default: see above)")
@@ -52,7 +53,14 @@ def add(commands: Any) -> Parser:
         nargs="+",
         default=[1],
         metavar="N",
-        help="pictures in a forward; 2 is one with guidance (default: 1)",
+        help="pictures in a forward (default: 1)",
+    )
+    parser.add_argument(
+        "--guidance",
+        nargs="+",
+        choices=("off", "on"),
+        default=["off"],
+        help="whether each picture is predicted with and without its prompt (default: off)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: PyTorch's choice)")
@@ -97,7 +105,8 @@ def _run_speed(args: argparse.Namespace, setup: "Setup") -> None:
     from localdit.evaluation import speed
 
     results: list[speed.Result] = []
-    options = (args.size or [1024], args.batch, args.models, args.reference, args.limit)
+    guidance = [choice == "on" for choice in args.guidance]
+    options = (args.size or [1024], args.batch, guidance, args.models, args.reference, args.limit)
     for found in speed.benchmark(setup, *options):
         results += found
         if args.json:

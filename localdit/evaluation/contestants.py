@@ -1,8 +1,9 @@
 """The transformers that the speed comparison knows: LocalDiT and its peers, each as it is run for sampling.
 
-All have the sizes that were published, random weights, and prompts that fill half of their text tokens. Ours
-gets what its pipeline makes once for all steps, the keys and values of the text; the others run as diffusers'
-pipelines run them, and project the text in every forward.
+All have the sizes that were published, random weights, and prompts that fill half of their text tokens. Each
+runs as its pipeline runs it. Ours is given what its pipeline makes once for all steps: the text's keys and
+values, without padding, and the modulations of the timestep; with guidance it takes each picture once. The
+others, in diffusers' pipelines, project text and timestep in every forward, and take each picture twice.
 """
 
 import importlib.util
@@ -23,6 +24,7 @@ from localdit.evaluation.timing import draw_weights
 from localdit.models.local_dit import LocalDiTTransformer2DModel
 
 WIDTH: dict[str, Any] = {"num_attention_heads": 16, "attention_head_dim": 72, "caption_channels": 4096}
+LOCAL_DIT_BLOCKS = 18
 SANA_600M: dict[str, Any] = {
     "num_attention_heads": 36,
     "attention_head_dim": 32,
@@ -47,8 +49,14 @@ class Picture:
 
     size: int  # side in pixels
     batch: int
+    guided: bool  # predicted with and without the prompt
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def rows(self) -> int:
+        """Predictions of a forward."""
+        return self.batch * (2 if self.guided else 1)
 
 
 Build = Callable[[Picture, int, Path | None], tuple[Any, dict[str, Any]]]
@@ -89,7 +97,7 @@ class Contestant:
         family = self.family
         shape = floors.Shape(
             tokens=(picture.size // family.pixels) ** 2,
-            batch=picture.batch,
+            batch=picture.rows,
             width=family.width,
             depth=family.depth,
             text_tokens=family.text_tokens,
@@ -179,27 +187,28 @@ def _create(model_class: Callable[..., nn.Module], picture: Picture, **config: A
 
 
 def _text(picture: Picture, tokens: int, channels: int) -> dict[str, Tensor]:
-    """A prompt that fills half of the text tokens."""
-    mask = torch.ones(picture.batch, tokens, device=picture.device)
-    mask[:, tokens // 2 :] = 0
-    text = torch.randn(picture.batch, tokens, channels, dtype=picture.dtype, device=picture.device)
+    """Prompts that fill half of the text tokens; with guidance, behind as many empty ones, of one token."""
+    mask = torch.zeros(picture.rows, tokens, device=picture.device)
+    mask[:, 0] = 1
+    mask[-picture.batch :, : tokens // 2] = 1
+    text = torch.randn(picture.rows, tokens, channels, dtype=picture.dtype, device=picture.device)
     return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
 
 
-def _latents(picture: Picture, channels: int, pixels: int) -> dict[str, Tensor]:
-    side = picture.size // pixels
-    shape = (picture.batch, channels, side, side)
-    return {
-        "hidden_states": torch.randn(shape, dtype=picture.dtype, device=picture.device),
-        "timestep": torch.full((picture.batch,), 500, device=picture.device),
-    }
+def _latents(picture: Picture, rows: int, channels: int, pixels: int) -> Tensor:
+    shape = (rows, channels, picture.size // pixels, picture.size // pixels)
+    return torch.randn(shape, dtype=picture.dtype, device=picture.device)
 
 
-def _sizes(picture: Picture) -> dict[str, Tensor]:
+def _timestep(rows: int, picture: Picture) -> Tensor:
+    return torch.full((rows,), 500, device=picture.device)
+
+
+def _sizes(rows: int, picture: Picture) -> dict[str, Tensor]:
     like: dict[str, Any] = {"dtype": picture.dtype, "device": picture.device}
     return {
-        "resolution": torch.full((picture.batch, 2), float(picture.size), **like),
-        "aspect_ratio": torch.ones(picture.batch, **like),
+        "resolution": torch.full((rows, 2), float(picture.size), **like),
+        "aspect_ratio": torch.ones(rows, **like),
     }
 
 
@@ -215,8 +224,11 @@ def _local_dit(
         global_context=global_context,
     )
     with torch.no_grad():
-        context = model.encode_text(**_text(picture, 120, WIDTH["caption_channels"]))
-    return model, {**_latents(picture, 4, 8), "encoder_hidden_states": context}
+        text = model.encode_text(**_text(picture, 120, WIDTH["caption_channels"]))
+        (step,) = model.encode_timesteps(_timestep(1, picture), _sizes(1, picture))
+    # Both halves of guidance share the first self-attention: in a slice that would weigh six times as much.
+    latents = _latents(picture, picture.batch if blocks == LOCAL_DIT_BLOCKS else picture.rows, 4, 8)
+    return model, {"hidden_states": latents, "encoder_hidden_states": text, "timestep": step}
 
 
 def _pixart(
@@ -234,9 +246,12 @@ def _pixart(
         out_channels=out_channels,
         use_additional_conditions=alpha,
     )
-    sizes = _sizes(picture) if alpha else {"resolution": None, "aspect_ratio": None}
-    text = _text(picture, text_tokens, WIDTH["caption_channels"])
-    return model, {**_latents(picture, 4, 8), **text, "added_cond_kwargs": sizes}
+    return model, {
+        "hidden_states": _latents(picture, picture.rows, 4, 8),
+        "timestep": _timestep(picture.rows, picture),
+        "added_cond_kwargs": _sizes(picture.rows, picture) if alpha else dict.fromkeys(_sizes(1, picture)),
+        **_text(picture, text_tokens, WIDTH["caption_channels"]),
+    }
 
 
 def _sana(
@@ -245,8 +260,11 @@ def _sana(
     model = _create(
         SanaTransformer2DModel, picture, **config, num_layers=blocks, sample_size=picture.size // 32
     )
-    text = _text(picture, 300, model.config.caption_channels)
-    return model, {**_latents(picture, model.config.in_channels, 32), **text}
+    return model, {
+        "hidden_states": _latents(picture, picture.rows, model.config.in_channels, 32),
+        "timestep": _timestep(picture.rows, picture),
+        **_text(picture, 300, model.config.caption_channels),
+    }
 
 
 def _published(
@@ -307,7 +325,7 @@ def load_published_attention(checkout: Path) -> Any:
 
 def _family(kind: str, global_context: bool) -> dict[str, Any]:
     return {
-        "depth": 18,
+        "depth": LOCAL_DIT_BLOCKS,
         "build": partial(_local_dit if kind == "ours" else _published, global_context=global_context),
         "floor": partial(floors.local_dit, global_context=global_context),
         "ours": kind == "ours",

@@ -57,6 +57,7 @@ NOTHING = Spread(0, 0, 0)
 class Result(Measured):
     """One contestant at one size."""
 
+    guided: bool  # each picture predicted with and without its prompt
     model: str  # its name, as `--models` takes it
     title: str
     blocks: int  # of the published model
@@ -113,6 +114,7 @@ def benchmark(
     setup: Setup,
     sizes: Sequence[int] = (1024,),
     batches: Sequence[int] = (1,),
+    guidance: Sequence[bool] = (False,),
     models: Sequence[str] | None = None,
     reference: Path | None = None,
     limit: float | None = None,
@@ -122,13 +124,14 @@ def benchmark(
     Args:
         setup: How to measure.
         sizes: Sides of the square pictures in pixels, multiples of 16, or of 32 with Sana.
-        batches: Pictures per forward; 2 is one picture with guidance.
+        batches: Pictures per forward.
+        guidance: Whether each is predicted with and without its prompt in that forward.
         models: Contestants, as `contestants.parse` reads them; None for `DEFAULT_MODELS` of the device.
         reference: A checkout of the published LocalDiT. Its code is run.
         limit: Seconds for the rounds of one comparison, after which at least 3 were measured; None for all.
 
     Yields:
-        The results of one device, size and batch, in the order of `models`.
+        The results of one device, size, batch and guidance, in the order of `models`.
 
     Raises:
         ValueError: for arguments outside these, before anything is measured.
@@ -146,8 +149,8 @@ def benchmark(
                 if size % pixels:
                     raise ValueError(f"size must be a multiple of {pixels} for {contestant.name}, got {size}")
             speeds = measure_ceilings(device, DTYPES[setup.dtype], setup)
-            for size, batch in product(sizes, batches):
-                picture = Picture(size, batch, DTYPES[setup.dtype], device)
+            for size, batch, guided in product(sizes, batches, guidance):
+                picture = Picture(size, batch, guided, DTYPES[setup.dtype], device)
                 yield _compare(team, picture, setup, reference, limit, speeds)
 
 
@@ -210,6 +213,7 @@ def _compare(
             "dtype": setup.dtype,
             "size": picture.size,
             "batch": picture.batch,
+            "guided": picture.guided,
             "threads": torch.get_num_threads(),
             "model": contestant.name,
             "title": ", ".join((family.title, *contestant.options)),

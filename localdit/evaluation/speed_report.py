@@ -12,10 +12,12 @@ PEER = "#a0a0a0"
 
 
 def comparisons(results: Sequence[Result]) -> list[list[Result]]:
-    """The results of each device, size and batch."""
-    return [
-        list(group) for _, group in groupby(results, lambda found: (found.device, found.size, found.batch))
-    ]
+    """The results of each device, size, batch and guidance."""
+
+    def kind(found: Result) -> tuple[str, int, int, bool]:
+        return found.device, found.size, found.batch, found.guided
+
+    return [list(group) for _, group in groupby(results, kind)]
 
 
 def heading(results: Sequence[Result]) -> str:
@@ -25,7 +27,8 @@ def heading(results: Sequence[Result]) -> str:
     where = f"CPU, {one.threads} threads" if one.device == "cpu" else one.device.upper()
     rounds = max(found.pairs for found in results)
     return (
-        f"{where}: {one.size} px, batch {one.batch}, {one.dtype}, {rounds} rounds; "
+        f"{where}: {one.size} px, batch {one.batch}, {'guidance' if one.guided else 'no guidance'}, "
+        f"{one.dtype}, {rounds} rounds; "
         f"this machine copies {ceilings.copy_speed / 1e9:,.0f} GB/s "
         f"and multiplies at {ceilings.product_speed / 1e12:,.2f} TFLOP/s"
     )

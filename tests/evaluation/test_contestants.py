@@ -9,8 +9,8 @@ from torch import nn
 from localdit.evaluation import contestants
 from localdit.evaluation.contestants import FAMILIES, Contestant, Picture, parse
 
-META = Picture(1024, 1, torch.float32, torch.device("meta"))
-SMALL = Picture(64, 2, torch.float32, torch.device("cpu"))
+META = Picture(1024, 1, False, torch.float32, torch.device("meta"))
+SMALL = Picture(64, 1, True, torch.float32, torch.device("cpu"))
 
 # The processor of a checkout: its signature, as published, and attention over nothing.
 CHECKOUT = """

@@ -104,11 +104,13 @@ def forwards(side: int, global_context: bool) -> tuple[Count, Count]:
         model = LocalDiTTransformer2DModel(**WIDTH, num_layers=4, global_context=global_context)
     model.bfloat16().eval()
     with torch.no_grad():
-        context = model.encode_text(meta(BATCH, TEXT_TOKENS, 4096), meta(BATCH, TEXT_TOKENS))
-    sample, timestep = meta(BATCH, 4, side // 8, side // 8), meta(BATCH, dtype=torch.int64)
+        text = model.encode_text(meta(BATCH, TEXT_TOKENS, 4096), meta(BATCH, TEXT_TOKENS))
+        sizes = {"resolution": meta(1, 2), "aspect_ratio": meta(1)}
+        (step,) = model.encode_timesteps(meta(1, dtype=torch.int64), sizes)
+    sample = meta(BATCH, 4, side // 8, side // 8)
 
     def forward() -> Count:
-        return count(lambda: model(sample, context, timestep))
+        return count(lambda: model(sample, text, step))
 
     forward()  # makes the tables of this size
     whole = forward()

@@ -55,7 +55,7 @@ def test_ours_computes_what_the_published_passes_compute(monkeypatch, checkout, 
     """In all shifts, on a grid of 8 x 8 tokens, with the weights of ours put in."""
     width = {"num_attention_heads": 2, "attention_head_dim": 12, "caption_channels": 32}
     monkeypatch.setattr(contestants, "WIDTH", width)
-    picture = Picture(128, 2, torch.float32, torch.device("cpu"))
+    picture = Picture(128, 2, False, torch.float32, torch.device("cpu"))
     ours = speaking_local_dit(width, picture, 5, is_global)
     published, inputs = FAMILIES[name].build(picture, 5, checkout)
     state = to_published(ours.state_dict())
@@ -75,7 +75,7 @@ def test_ours_computes_what_the_published_passes_compute(monkeypatch, checkout, 
 @cache
 def costs(name: str, checkout: Path) -> tuple[Count, Count]:
     """A forward at 1024 pixels with guidance in bfloat16: with 4 blocks, and with none."""
-    picture = Picture(1024, 2, torch.bfloat16, torch.device("meta"))
+    picture = Picture(1024, 1, True, torch.bfloat16, torch.device("meta"))
     model, forward = Contestant(name).build(picture, 4, checkout)
     forward()
     return count(forward), without_blocks(model, lambda: count(forward))

@@ -53,7 +53,10 @@ def test_a_whole_model_is_timed_as_it_is():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_local_dits_are_compared_with_pixart(dtype):
     setup = Setup(pairs=3, dtype=dtype, device="cpu", cpu_time=True)
-    (results,) = speed.benchmark(setup, [48], [2])
+    plain, guided = speed.benchmark(setup, [48], [2], [False, True])
+    assert {result.guided for result in plain} == {False}
+    assert {result.guided for result in guided} == {True}
+    results = guided
     assert [result.model for result in results] == ["local", "global", "pixart-alpha"]
     for result in results:
         assert (result.size, result.pairs, result.batch, result.dtype) == (48, 3, 2, dtype)
@@ -101,7 +104,7 @@ def test_three_rounds_are_measured_when_time_runs_out():
 @pytest.mark.usefixtures("narrow")
 def test_counts_of_the_whole_model_follow_from_a_slice(monkeypatch):
     """5 blocks counted are 5 blocks extrapolated from 3."""
-    picture = contestants.Picture(64, 2, torch.bfloat16, torch.device("cpu"))
+    picture = contestants.Picture(64, 2, True, torch.bfloat16, torch.device("cpu"))
     family = dataclasses.replace(contestants.FAMILIES["global"], depth=5)
     monkeypatch.setitem(contestants.FAMILIES, "global", family)
     from_three = speed._count(contestants.Contestant("global"), picture, None)
@@ -120,7 +123,7 @@ def test_the_report_has_a_table_of_times_one_of_ratios_and_a_picture(tmp_path):
     assert json.loads(json.dumps([dataclasses.asdict(result) for result in results]))[0]["model"] == "local"
     assert [[one.size for one in found] for found in comparisons(results)] == [[32, 32], [48, 48]]
     assert heading(results).startswith(
-        f"CPU, {torch.get_num_threads()} threads: 32 px, batch 1, float32, 1 rounds"
+        f"CPU, {torch.get_num_threads()} threads: 32 px, batch 1, no guidance, float32, 1 rounds"
     )
     head, first, second = time_rows(results[:2])
     assert len(head) == len(first) == len(second)
@@ -136,7 +139,9 @@ def test_the_report_has_a_table_of_times_one_of_ratios_and_a_picture(tmp_path):
 
 
 def test_one_that_failed_is_in_the_table():
-    result = speed.Result("cuda", "float32", 64, 1, 1, 0, "local", "LocalDiT", 18, 120, error="out of memory")
+    result = speed.Result(
+        "cuda", "float32", 64, 1, 1, 0, True, "local", "LocalDiT", 18, 120, error="out of memory"
+    )
     assert time_rows([result])[1][:2] == ["LocalDiT", "failed: out of memory"]
 
 
