@@ -123,7 +123,20 @@ def test_windows_of_all_tokens_are_the_windows(shift):
 
 def test_every_table_of_windows_is_restricted():
     """A table that is added to `Windows` must be added to `restrict`."""
-    assert Windows._fields == ("slot_token", "token_slot", "present", "attend", "rotary", "grid")
+    assert Windows._fields == ("slot_token", "token_slot", "present", "attend", "rotary", "grid", "slots")
+
+
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize("is_map", [False, True])
+def test_a_restricted_table_for_kernels_says_what_the_others_say(shift, is_map):
+    tokens = part((21, 19), PARTS["two far apart"]).flatten()
+    windows = restrict(shift_windows(21, 19, 4, shift, None, tokens.device), tokens, is_map)
+    present = windows.slots >= 0  # (G, S)
+    assert present.sum() == tokens.sum()
+    assert torch.equal((windows.slots >> 2)[present], windows.slot_token.view_as(present)[present])
+    region = windows.slots & 3
+    sees = present[:, None] & (region[:, :, None] == region[:, None])  # (G, S, S)
+    assert torch.equal(sees[present], windows.attend[:, 0][present])
 
 
 @pytest.mark.parametrize("shift", range(4))
