@@ -238,28 +238,29 @@ class LocalDiTAttnProcessor:
 
         x = hidden_states.index_select(1, windows.slot_token)  # (B, M, D)
         q, k, v = attn.project(x, windows.rotary)  # (B, M, A, d)
-        biases = [relative_bias(attn.relative_position_bias, attn.window_size)]
+        bias = relative_bias(attn.relative_position_bias, attn.window_size)
+        out = self._within_windows(q, k, v, bias, windows)  # (B, M, D)
         if attn.global_context is not None:
-            # The two attentions run as one of twice the heads.
-            *global_qkv, global_bias = attn.global_context(q, k, windows)
-            q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), global_qkv))
-            biases.append(global_bias)
-
-        mask = windows.attend  # (G, 1, S, S)
-        if biases[0] is not None:
-            mask = torch.where(mask, torch.cat(biases).to(q.dtype), -torch.inf)  # (G, A, S, S)
-        if len(x) > 1:
-            mask = mask.repeat(len(x), 1, 1, 1)  # (B*G, A, S, S)
-        q, k, v = (
-            y.unflatten(1, (-1, attn.window_size**2)).flatten(0, 1) for y in (q, k, v)
-        )  # (B*G, S, A, d)
-        out = dispatch_attention_fn(
-            q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        if attn.global_context is not None:
-            out = out.unflatten(2, (2, -1)).mean(dim=2)
-        out = out.reshape(len(x), -1, x.shape[-1])  # (B, M, D)
+            out = torch.lerp(out, self._within_windows(*attn.global_context(q, k, windows), windows), 0.5)
         return attn.to_out[1](attn.to_out[0](out.index_select(1, windows.token_slot)))
+
+    def _within_windows(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, windows: Windows
+    ) -> Tensor:
+        """Attention of q, k, v, (B, M, A, d), with a bias (A, S, S). Returns (B, M, D)."""
+        mask = windows.attend  # (G, 1, S, S)
+        if bias is not None:
+            mask = torch.where(mask, bias.to(q.dtype), -torch.inf)  # (G, A, S, S)
+        if len(q) > 1:
+            mask = mask.repeat(len(q), 1, 1, 1)  # (B*G, A, S, S)
+        shape = (-1, mask.shape[-1], *q.shape[2:])
+        out = dispatch_attention_fn(
+            *(x.reshape(shape) for x in (q, k, v)),  # (B*G, S, A, d)
+            attn_mask=mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return out.reshape(len(q), -1, out.shape[2] * out.shape[3])
 
     def _in_raster_order(
         self, attn: "LocalDiTAttention", x: Tensor, windows: Windows, rotary: Tensor | None
@@ -540,6 +541,13 @@ class GlobalContext(nn.Module):
 # --- Block --------------------------------------------------------------------------------------------------
 
 
+def modulated_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`modulate` of norm(x): in one pass where a batch shares shift and scale, (1, 1, D)."""
+    if len(shift) > 1:
+        return modulate(norm(x), shift, scale)
+    return F.layer_norm(x, norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
+
+
 class LocalDiTBlock(nn.Module):
     """Self-attention, attention to text, feed-forward, modulated by adaLN-single (PixArt-alpha, section 2.3).
 
@@ -606,7 +614,7 @@ class LocalDiTBlock(nn.Module):
         six = self.modulation(conditioning) if conditioning.ndim == 2 else conditioning  # (6, B, 1, D)
         attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = six.unbind()
 
-        y = modulate(self.norm1(x), attn_shift, attn_scale)
+        y = modulated_norm(self.norm1, x, attn_shift, attn_scale)
         attended = self.attn1(y, windows, rotary)
         # The published attention adds its own input: weights depend on it.
         x = torch.addcmul(x, attn_gate, attended + y if self.attention_residual else attended)
@@ -617,7 +625,7 @@ class LocalDiTBlock(nn.Module):
             x = x.repeat(captions // len(x), 1, 1)
         x = x + self.attn2(x, encoder_hidden_states, encoder_attention_mask)
 
-        y = modulate(self.norm2(x), ff_shift, ff_scale)
+        y = modulated_norm(self.norm2, x, ff_shift, ff_scale)
         x = torch.addcmul(x, ff_gate, self.ff(y))
         return x
 
@@ -988,7 +996,7 @@ class LocalDiTTransformer2DModel(
 
         # 5. Output.
         shift, scale = (self.scale_shift_table[:, None, None] + embedded[:, None]).unbind()  # (B, 1, D)
-        x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, N, p*p*C)
+        x = self.proj_out(modulated_norm(self.norm_out, x, shift, scale))  # (B, N, p*p*C)
         if region is not None:
             x = x.new_zeros(len(x), grid[0] * grid[1], x.shape[2]).index_copy(1, region.tokens, x)
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, C)
