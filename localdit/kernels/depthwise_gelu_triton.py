@@ -297,5 +297,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def depthwise_gelu_triton(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """`depthwise_gelu_reference`."""
+    """`depthwise_gelu_reference`. Where autocast would convolve in 16 bits, x is cast to those."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return _forward(x, weight, rows, columns)

@@ -26,6 +26,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from localdit.kernels import check_kernels
+from localdit.kernels.depthwise_gelu import depthwise_gelu, encode_lines
 from localdit.kernels.window_attention import Attended, encode_slots, triton_computes, window_attention
 from localdit.models.layers import RMSNorm, heads_of, modulate, rotate, sincos_table
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
@@ -80,6 +81,7 @@ class Windows(NamedTuple):
     rotary: Tensor | None  # (M, d/2, 2)
     grid: tuple[int, int]  # windows per column and per row
     slots: Tensor  # (G, S) int32, all of this once more for kernels: `encode_slots`
+    lines: tuple[Tensor, Tensor]  # rows and columns of the shifted and padded map: `encode_lines`
 
 
 class Geometry(NamedTuple):
@@ -167,6 +169,7 @@ def shift_windows(
         rotary=None if rotary is None else rotary[slot_token],
         grid=(down, across),
         slots=encode_slots(slot_token.view_as(side), side, present),
+        lines=encode_lines(rows.flatten(), columns.flatten(), height, width),
     )
 
 
@@ -270,9 +273,7 @@ class LocalDiTAttnProcessor:
         local = Attended(q, k, v, relative_bias(attn.relative_position_bias, attn.window_size))
         context = None
         if attn.global_context is not None:
-            # Its convolutions want the map of windows; keys and values are made token by token, in any order.
-            query, key, value, bias = attn.global_context(q.index_select(1, windows.slot_token), k, windows)
-            context = Attended(query.index_select(1, windows.token_slot), key, value, bias)
+            context = Attended(*attn.global_context(q, k, windows, raster=True))
         out = window_attention(windows.slots, local, context, attn.kernels)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
@@ -439,6 +440,19 @@ class ScaledPointwise(nn.Conv2d):
         return torch.baddbmm(residual, input, weight.transpose(1, 2))
 
 
+class MapConvolution(nn.Conv2d):
+    """A depthwise 3x3 convolution. In raster order one pass does GELU and sums as well: `depthwise_gelu`."""
+
+    kernels = "auto"  # see `LocalDiTTransformer2DModel.set_kernels`
+
+    def forward(self, input: Tensor, lines: tuple[Tensor, Tensor] | None = None) -> Any:
+        """input: a map, (B, D, h, w), of which the convolution alone is returned; or tokens in raster order,
+        (B, N, D), with the lines of their map, of which `depthwise_gelu` returns all it does."""
+        if lines is None:
+            return super().forward(input)
+        return depthwise_gelu(input, self.weight, *lines, self.kernels)
+
+
 class GlobalContextFeatures(nn.Module):
     """x + conv(x), where conv is a depthwise 3x3, GELU, squeeze-excite and a 1x1.
 
@@ -447,7 +461,7 @@ class GlobalContextFeatures(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.depthwise: nn.Module = MapConvolution(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.squeeze = nn.Linear(dim, dim // 4, bias=False)
         self.excite = nn.Linear(dim // 4, dim, bias=False)
         self.pointwise: nn.Module = ScaledPointwise(dim, dim, 1, bias=False)
@@ -466,6 +480,11 @@ class GlobalContextFeatures(nn.Module):
         y, rows = self.convolve(x, present)
         return self.excite_by(rows.sum(1) / tokens, x, y)
 
+    def in_raster_order(self, x: Tensor, windows: Windows) -> Tensor:
+        """The same of tokens in raster order, (B, N, D), in one pass over them before the 1x1."""
+        y, sums = self.depthwise(x, windows.lines)
+        return self.excite_by(sums / len(windows.token_slot), x, y)
+
     def convolve(self, x: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         """The depthwise 3x3 and GELU of x, (B, h, w, D), and the sums of its rows, (B, h, D), in float32."""
         y = F.gelu(self.depthwise(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, h, w, D)
@@ -475,13 +494,17 @@ class GlobalContextFeatures(nn.Module):
         return y, y.sum(2, dtype=torch.promote_types(y.dtype, torch.float32))
 
     def excite_by(self, mean: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """x plus the 1x1 of y, scaled by what the mean over all tokens, (B, D), says. x, y: (B, h, w, D)."""
+        """x plus the 1x1 of y, scaled by what the mean over all tokens, (B, D), says.
+
+        x, y: (B, h, w, D), or (B, N, D) in any order. Returns the same shape.
+        """
         scale = self.excite(F.gelu(self.squeeze(mean.to(x.dtype)))).sigmoid()  # (B, D)
+        tokens, y = x.flatten(1, -2), y.flatten(1, -2)  # (B, N, D)
         if isinstance(self.pointwise, ScaledPointwise):
-            return self.pointwise(y.flatten(1, 2), scale, x.flatten(1, 2)).view_as(x)
+            return self.pointwise(y, scale, tokens).view_as(x)
         # An adapter stands around the layer and wants the scaled channels themselves.
-        scaled = (y * scale[:, None, None]).permute(0, 3, 1, 2)
-        return x + self.pointwise(scaled).permute(0, 2, 3, 1)
+        scaled = (y * scale[:, None]).mT.unsqueeze(-1)  # (B, D, N, 1)
+        return (tokens + self.pointwise(scaled).squeeze(-1).mT).view_as(x)
 
 
 class GlobalContext(nn.Module):
@@ -496,19 +519,30 @@ class GlobalContext(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim)
         self.relative_position_bias = None if bias_table is None else nn.Parameter(torch.zeros(bias_table))
 
-    def forward(self, q: Tensor, k: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k: (B, M, A, d). Returns queries, keys, values, (B, M, A, d) each, and the bias, (A, S, S).
+    def forward(
+        self, q: Tensor, k: Tensor, windows: Windows, raster: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k: (B, M, A, d); (B, N, A, d) in raster order if so said, which is for kernels.
 
-        Keys may come in any order, (B, N, A, d): keys and values leave in the same.
+        Returns queries, keys, values in the same order and shape, and the bias, (A, S, S).
         """
         heads = q.shape[2]
-        x, present = self.to_map(q, windows)
-        for features in self.query_features:
-            x = features(x, present, tokens=len(windows.token_slot))
+        # An adapter around a convolution convolves maps alone.
+        if raster and all(isinstance(features.depthwise, MapConvolution) for features in self.query_features):
+            x = q.flatten(2)
+            for features in self.query_features:
+                x = features.in_raster_order(x, windows)
+            query = heads_of(x, heads)
+        else:
+            x, present = self.to_map(q.index_select(1, windows.slot_token) if raster else q, windows)
+            for features in self.query_features:
+                x = features(x, present, tokens=len(windows.token_slot))
+            query = self.to_slots(x, windows, heads)
+            query = query.index_select(1, windows.token_slot) if raster else query
         key, value = self.to_kv(k.flatten(2)).chunk(2, dim=-1)
         # The spread bias, not the table: offloading takes a module's own tensors away when its forward ends.
-        bias = relative_bias(self.relative_position_bias, round((q.shape[1] // len(windows.attend)) ** 0.5))
-        return self.to_slots(x, windows, heads), heads_of(key, heads), heads_of(value, heads), bias
+        bias = relative_bias(self.relative_position_bias, round(windows.attend.shape[-1] ** 0.5))
+        return query, heads_of(key, heads), heads_of(value, heads), bias
 
     @staticmethod
     def to_map(q: Tensor, windows: Windows) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from toys import naive, relative_error, run, toy_inputs, toy_model
@@ -104,6 +105,19 @@ def test_fused_projections_are_read_by_the_kernels():
     assert relative_error(run(model, inputs), apart) < TOLERANCE
 
 
+def test_an_adapter_around_a_convolution_of_the_global_context_speaks():
+    """It convolves maps alone, so that the kernel makes way for it."""
+    model = toy_model(num_layers=2, window_size=2, num_attention_heads=1)
+    inputs = toy_inputs((3, 5), batch=3, num_attention_heads=1)
+    plain = run(model, inputs)
+    with pytest.warns(UserWarning, match="Merging is not supported"):  # of depthwise convolutions
+        model.add_adapter(LoraConfig(r=12, target_modules=["depthwise"], init_lora_weights=False))
+    adapted = run(model, inputs)
+    assert relative_error(adapted, plain) > 1e-3
+    model.set_kernels("triton")
+    assert relative_error(run(model, inputs), adapted) < TOLERANCE
+
+
 # --- The choice
 
 
@@ -160,3 +174,4 @@ def test_the_blocks_of_all_shifts_are_one_graph(global_context):
     assert counter.frame_count == 1
     operators = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert sum("localdit.window_attention" in operator for operator in operators) == 1
+    assert sum("localdit.depthwise_gelu" in operator for operator in operators) == 2 * global_context
