@@ -185,7 +185,7 @@ def test_some_of_the_windows_write_their_own_tokens_alone(window, poisoned):
     tokens = (some[some >= 0] >> 2).long()
     out = window_attention_triton(some, Attended(q, k, v, bias))
     assert torch.equal(out[:, tokens], whole[:, tokens])
-    written = torch.zeros(30, dtype=torch.bool)
+    written = torch.zeros(30, dtype=torch.bool, device=DEVICE)
     written[tokens] = True
     assert out[:, ~written].isnan().all()
 

@@ -1,6 +1,6 @@
 """The LocalDiT transformer by its Triton kernels: who chooses them, and that the prediction stays the same.
 
-On a machine without CUDA the kernels run in Triton's interpreter.
+Without CUDA the kernels run in Triton's interpreter, on the tensors of the CPU.
 """
 
 from typing import Any
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from toys import naive, relative_error, run, toy_inputs, toy_model
 
+from localdit.kernels import interpreted
 from localdit.kernels import window_attention_triton as twin
 from localdit.models.local_dit import LocalDiTTransformer2DModel
 
 TOLERANCE = 2e-6
+
+in_the_interpreter = pytest.mark.skipif(not interpreted(), reason="the kernels are compiled here")
 
 
 @pytest.fixture
@@ -43,7 +46,8 @@ def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     sample = inputs["hidden_states"].clone().requires_grad_()
     model.zero_grad()
     prediction = model(**inputs | {"hidden_states": sample}).sample
-    (prediction * torch.linspace(-1, 1, prediction.numel()).view_as(prediction)).sum().backward()
+    weights = torch.linspace(-1, 1, prediction.numel(), device=prediction.device).view_as(prediction)
+    (prediction * weights).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found | {"hidden_states": sample.grad}
 
@@ -51,6 +55,7 @@ def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 # --- The numbers
 
 
+@in_the_interpreter
 @pytest.mark.parametrize(
     ("config", "grid", "batch"),
     [
@@ -70,6 +75,7 @@ def test_the_kernels_predict_what_the_naive_twin_does(config, grid, batch, launc
     assert len(launches) == model.config.num_layers - len(model.config.full_attention_layers)
 
 
+@in_the_interpreter
 @pytest.mark.parametrize(
     "config", [{}, {"global_context": False, "relative_position_bias": True}], ids=["with context", "without"]
 )
@@ -85,6 +91,7 @@ def test_the_kernels_give_every_gradient(config, launches):
     assert launches
 
 
+@in_the_interpreter
 def test_dropout_and_checkpointing_stay_what_they_are(launches):
     """Dropout comes after the attention, on tokens in raster order, whoever attends."""
     model, inputs = toy_model(dropout=0.3, num_layers=2, window_size=2).train(), toy_inputs((3, 5))
@@ -98,6 +105,7 @@ def test_dropout_and_checkpointing_stay_what_they_are(launches):
     assert len(launches) == 4
 
 
+@in_the_interpreter
 def test_fused_projections_are_read_by_the_kernels():
     model, inputs = with_kernels("triton", num_layers=2, window_size=2), toy_inputs((3, 5))
     apart = run(model, inputs)
@@ -118,18 +126,34 @@ def test_an_adapter_around_a_convolution_of_the_global_context_speaks():
     assert relative_error(run(model, inputs), adapted) < TOLERANCE
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("global_context", [False, True])
+def test_a_gpu_predicts_what_the_naive_twin_does_and_trains(global_context, launches):
+    model, inputs = toy_model(global_context=global_context), toy_inputs((5, 7), batch=3)
+    expected = naive(model, inputs)
+    model = model.cuda()
+    added = {key: x.cuda() for key, x in inputs.pop("added_cond_kwargs").items()}
+    inputs = {key: x.cuda() for key, x in inputs.items()} | {"added_cond_kwargs": added}
+    assert relative_error(run(model, inputs).cpu(), expected) < 1e-5
+    assert len(launches) == 4
+    found = gradients(model, inputs)
+    model.set_kernels("torch")
+    for name, gradient in gradients(model, inputs).items():
+        assert relative_error(found[name], gradient) < 1e-4, name
+
+
 # --- The choice
 
 
-def test_without_cuda_nothing_changes_by_itself(launches):
+def test_on_a_cpu_nothing_changes_by_itself(launches):
     model, inputs = toy_model(), toy_inputs()
     automatic = run(model, inputs)
     model.set_kernels("torch")
     assert torch.equal(run(model, inputs), automatic)
-    if not torch.cuda.is_available():
-        assert not launches
+    assert not launches
 
 
+@in_the_interpreter
 @pytest.mark.usefixtures("default_backend")
 def test_a_backend_of_diffusers_goes_first(launches):
     model, inputs = with_kernels("triton", num_layers=1), toy_inputs((3, 5))
@@ -161,6 +185,7 @@ def test_a_choice_that_cannot_be_is_refused(monkeypatch):
 # --- Compilation
 
 
+@in_the_interpreter
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("global_context", [False, True])
 def test_the_blocks_of_all_shifts_are_one_graph(global_context):
