@@ -115,6 +115,18 @@ def test_what_is_no_checkout_is_named(checkout: Path, source: str | None, messag
         Contestant("published").build(SMALL, 1, checkout)
 
 
+@pytest.mark.usefixtures("narrow")
+def test_options_say_how_a_model_runs(monkeypatch):
+    compiled, flash = [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    model, forward = Contestant("pixart-sigma", ("cudnn", "compiled")).build(SMALL, 2)
+    assert compiled == list(model.transformer_blocks)
+    model.register_forward_pre_hook(lambda *_: flash.append(torch.backends.cuda.flash_sdp_enabled()))
+    forward()
+    assert flash == [False]
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_options_follow_a_colon():
     assert parse(["local", "pixart-sigma:cudnn+compiled"], None, "cuda") == [
         Contestant("local"),
