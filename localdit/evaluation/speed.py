@@ -85,6 +85,7 @@ class Runner:
 
     def __init__(self, model: Any, forward: Callable[[], object], depth: int, clock: Callable[..., float]):
         self.model, self.forward, self.depth, self.clock = model, forward, depth, clock
+        self.costs: dict[str, int] = {}
         self.seconds: list[float] = []  # of a whole forward, one a round
         self.first_seconds = clock(forward)
         is_whole = len(model.transformer_blocks) == depth
@@ -176,99 +177,112 @@ def _compare(
     limit: float | None,
     speeds: tuple[float, float],
 ) -> list[Result]:
-    device, (copy_speed, product_speed) = picture.device, speeds
     # Compiled code of another size counts against the few recompilations after which a block runs eager.
     torch._dynamo.reset()
+    costs: dict[str, dict[str, int]] = {}  # of each model, whatever its options
     runners: dict[Contestant, Runner] = {}
     errors: dict[Contestant, str] = {}
-    found: dict[Contestant, dict[str, Any]] = {}
     for contestant in team:
-        depth = contestant.family.depth
-        blocks = SLICE if device.type == "cpu" else depth
         try:
-            model, forward = contestant.build(picture, blocks, reference)
-            runners[contestant] = Runner(model, forward, depth, lambda call: setup.seconds(call, device))
-            found[contestant] = _inspect(contestant, picture, reference, forward)
-        except (RuntimeError, NotImplementedError) as error:
-            # Out of memory, or a kernel that this GPU lacks: the others run nevertheless.
-            if device.type == "cpu":
+            if contestant.model not in costs:
+                costs[contestant.model] = _count(contestant.model, picture, reference)
+            runners[contestant] = _enter(contestant, picture, setup, reference, costs[contestant.model])
+        except Exception as error:
+            if isinstance(error, ValueError) or picture.device.type == "cpu":
                 raise
-            runners.pop(contestant, None)
-            errors[contestant] = str(error).splitlines()[0]
-        model = forward = None
-        gc.collect()
+            # Out of memory, or a kernel that this GPU lacks: the others run nevertheless.
+            errors[contestant] = (str(error).splitlines() or [type(error).__name__])[0]
+        gc.collect()  # what failed, and what building left behind
+    _take_turns(list(runners.values()), setup.pairs, limit)
+    return [
+        _result(contestant, runners, errors.get(contestant, ""), picture, setup, speeds)
+        for contestant in team
+    ]
 
+
+def _enter(
+    contestant: Contestant, picture: Picture, setup: Setup, reference: Path | None, costs: dict[str, int]
+) -> Runner:
+    """Build a contestant and run it for the first times. Adds to its costs what CUDA tells of them."""
+    device, depth = picture.device, contestant.family.depth
+    model, forward = contestant.build(picture, SLICE if device.type == "cpu" else depth, reference)
+    runner = Runner(model, forward, depth, lambda call: setup.seconds(call, device))
+    runner.costs = costs | (_seen_on_gpu(forward) if device.type == "cuda" else {})
+    return runner
+
+
+def _take_turns(runners: Sequence[Runner], pairs: int, limit: float | None) -> None:
+    """Run the rounds, in alternating order, and forget the first, which warms up."""
     start = time.monotonic()
-    for round_ in range(1 + setup.pairs):
+    for round_ in range(1 + pairs):
         if limit is not None and round_ > FEWEST_ROUNDS and time.monotonic() - start > limit:
             break
-        order = list(runners.values())
-        for runner in order if round_ % 2 else order[::-1]:
+        for runner in runners if round_ % 2 else runners[::-1]:
             runner.run()
-    for runner in runners.values():
-        del runner.seconds[0]  # that round warmed up
-
-    def result(contestant: Contestant) -> Result:
-        family = contestant.family
-        about: dict[str, Any] = {
-            "device": device.type,
-            "dtype": setup.dtype,
-            "size": picture.size,
-            "batch": picture.batch,
-            "guided": picture.guided,
-            "threads": torch.get_num_threads(),
-            "model": contestant.name,
-            "title": ", ".join((family.title, *contestant.options)),
-            "blocks": family.depth,
-            "text_tokens": family.text_tokens,
-        }
-        if contestant in errors:
-            return Result(**about, pairs=0, error=errors[contestant])
-        runner = runners[contestant]
-        peers = (peer for peer in runners if family.ours and not peer.family.ours)
-        took = spread(runner.seconds)
-        floor = contestant.floor(picture)
-        least = floors.seconds(floor, product_speed, copy_speed)
-        return Result(
-            **about,
-            pairs=len(runner.seconds),
-            seconds=took,
-            first_seconds=runner.first_seconds,
-            ratios={peer.name: spread(np.divide(runners[peer].seconds, runner.seconds)) for peer in peers},
-            **found[contestant],
-            copy_speed=copy_speed,
-            product_speed=product_speed,
-            floor_seconds=least,
-            over_floor=took.median / least,
-            bytes_per_second=sum(work.bytes for work in floor) / took.median,
-            flops_per_second=sum(work.flops for work in floor) / took.median,
-        )
-
-    return [result(contestant) for contestant in team]
+    for runner in runners:
+        del runner.seconds[0]
 
 
-def _inspect(
-    contestant: Contestant, picture: Picture, reference: Path | None, forward: Callable[[], object]
-) -> dict[str, int]:
-    """Parameters, kernels and memory of the whole model: counted, and on CUDA seen in a forward."""
-    costs = _count(contestant, picture, reference)
-    if picture.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+def _result(
+    contestant: Contestant,
+    runners: dict[Contestant, Runner],
+    error: str,
+    picture: Picture,
+    setup: Setup,
+    speeds: tuple[float, float],
+) -> Result:
+    family = contestant.family
+    about: dict[str, Any] = {
+        "device": picture.device.type,
+        "dtype": setup.dtype,
+        "size": picture.size,
+        "batch": picture.batch,
+        "guided": picture.guided,
+        "threads": torch.get_num_threads(),
+        "model": contestant.name,
+        "title": ", ".join((family.title, *contestant.options)),
+        "blocks": family.depth,
+        "text_tokens": family.text_tokens,
+        "copy_speed": speeds[0],
+        "product_speed": speeds[1],
+    }
+    if error:
+        return Result(**about, pairs=0, error=error)
+    runner, floor = runners[contestant], contestant.floor(picture)
+    took, least = spread(runner.seconds), floors.seconds(floor, speeds[1], speeds[0])
+    peers = (peer for peer in runners if family.ours and not peer.family.ours)
+    return Result(
+        **about,
+        pairs=len(runner.seconds),
+        seconds=took,
+        first_seconds=runner.first_seconds,
+        ratios={peer.name: spread(np.divide(runners[peer].seconds, runner.seconds)) for peer in peers},
+        **runner.costs,
+        floor_seconds=least,
+        over_floor=took.median / least,
+        bytes_per_second=sum(work.bytes for work in floor) / took.median,
+        flops_per_second=sum(work.flops for work in floor) / took.median,
+    )
+
+
+def _seen_on_gpu(forward: Callable[[], object]) -> dict[str, int]:
+    """Memory that a forward allocates above what is there, and kernels that it launches."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    forward()
+    peak = torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
         forward()
-        costs["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            forward()
-            torch.cuda.synchronize()
-        on_gpu = (event.name for event in seen.events() if event.device_type == DeviceType.CUDA)
-        costs["kernels"] = sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu)
-    return costs
+        torch.cuda.synchronize()
+    on_gpu = (event.name for event in seen.events() if event.device_type == DeviceType.CUDA)
+    kernels = sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu)
+    return {"peak_bytes": peak, "kernels": kernels}
 
 
-def _count(contestant: Contestant, picture: Picture, reference: Path | None) -> dict[str, int]:
-    """The same for eager PyTorch without custom kernels, from a slice on the meta device."""
-    meta = replace(picture, device=torch.device("meta"))
-    model, forward = Contestant(contestant.model).build(meta, SLICE, reference)
+def _count(name: str, picture: Picture, reference: Path | None) -> dict[str, int]:
+    """What a model has and costs in eager PyTorch without custom kernels, from a slice on the meta device."""
+    contestant = Contestant(name)
+    model, forward = contestant.build(replace(picture, device=torch.device("meta")), SLICE, reference)
     forward()  # makes what is kept
     one = count(forward)
     rest = without_blocks(model, lambda: count(forward))

@@ -82,7 +82,7 @@ def test_a_ratio_is_taken_within_its_round_and_the_order_alternates(monkeypatch)
     class Scripted(speed.Runner):
         def __init__(self, model, forward, depth, clock):
             self.name = "pixart-alpha" if "PixArt" in type(model).__name__ else "local"
-            self.seconds, self.first_seconds = [], 0.0
+            self.seconds, self.first_seconds, self.costs = [], 0.0, {}
 
         def run(self):
             order.append(self.name[0])
@@ -107,9 +107,9 @@ def test_counts_of_the_whole_model_follow_from_a_slice(monkeypatch):
     picture = contestants.Picture(64, 2, True, torch.bfloat16, torch.device("cpu"))
     family = dataclasses.replace(contestants.FAMILIES["global"], depth=5)
     monkeypatch.setitem(contestants.FAMILIES, "global", family)
-    from_three = speed._count(contestants.Contestant("global"), picture, None)
+    from_three = speed._count("global", picture, None)
     monkeypatch.setattr(speed, "SLICE", 5)
-    assert speed._count(contestants.Contestant("global"), picture, None) == from_three
+    assert speed._count("global", picture, None) == from_three
 
 
 @pytest.mark.usefixtures("narrow")
@@ -136,6 +136,30 @@ def test_the_report_has_a_table_of_times_one_of_ratios_and_a_picture(tmp_path):
 
     draw(results, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("narrow")
+def test_on_a_gpu_one_that_fails_leaves_the_others(monkeypatch):
+    """Errors of arguments are raised."""
+    picture = contestants.Picture(32, 1, False, torch.float32, torch.device("cpu"))
+    enter = speed._enter
+
+    def enter_or_fail(contestant, picture, *others):
+        if contestant.model == "pixart-alpha":
+            raise failure
+        return enter(contestant, dataclasses.replace(picture, device=torch.device("cpu")), *others)
+
+    monkeypatch.setattr(speed, "_enter", enter_or_fail)
+    on_gpu = dataclasses.replace(picture, device=torch.device("cuda"))
+    team = [contestants.Contestant(name) for name in ("local", "pixart-alpha")]
+    failure = MemoryError("out of memory\nTry less")
+    local, pixart = speed._compare(team, on_gpu, Setup(pairs=1), None, None, (1e9, 1e9))
+    assert (local.error, pixart.error) == ("", "out of memory")
+    assert local.seconds.median > pixart.seconds.median == 0
+    assert local.ratios == {}
+    failure = ValueError("no checkout")
+    with pytest.raises(ValueError, match="no checkout"):
+        speed._compare(team, on_gpu, Setup(pairs=1), None, None, (1e9, 1e9))
 
 
 def test_one_that_failed_is_in_the_table():
