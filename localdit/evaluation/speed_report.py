@@ -53,7 +53,7 @@ def time_rows(results: Sequence[Result]) -> list[list[str]]:
 
 def _time_row(found: Result) -> list[str]:
     if found.error:
-        return [found.title, f"failed: {found.error}", *[""] * 8]
+        return [found.title, f"failed: {found.error}", *["-"] * 8]
     return [
         found.title,
         f"{1e3 * found.seconds.median:.4g}",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from localdit.cli.models import markdown
 from localdit.evaluation import contestants, speed
 from localdit.evaluation.speed_report import comparisons, draw, heading, ratio_rows, time_rows
 from localdit.evaluation.timing import Setup, Spread, spread
@@ -166,7 +167,9 @@ def test_one_that_failed_is_in_the_table():
     result = speed.Result(
         "cuda", "float32", 64, 1, 1, 0, True, "local", "LocalDiT", 18, 120, error="out of memory"
     )
-    assert time_rows([result])[1][:2] == ["LocalDiT", "failed: out of memory"]
+    rows = time_rows([result])
+    assert rows[1][:2] == ["LocalDiT", "failed: out of memory"]
+    assert markdown(rows).endswith("| LocalDiT | failed: out of memory | - | - | - | - | - | - | - | - |")
 
 
 def test_quartiles_and_median():
