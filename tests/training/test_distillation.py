@@ -11,11 +11,12 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from torch import Tensor, nn
 from toy_pipeline import generators, toy_pipeline, toy_vae
 
-from localdit import LocalDiTPipeline
-from localdit.training.config import Config, TrainConfig
+from localdit import MINI, LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit.training.config import Config, TrainConfig, load_config
 from localdit.training.distillation import ConsistencyDistillation
 from localdit.training.encode import EncodeConfig
-from localdit.training.loop import train
+from localdit.training.loop import starting_model, train
+from localdit.training.objectives import build_objective
 from localdit.training.order import Draws
 
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2}
@@ -247,6 +248,16 @@ def test_a_student_without_steps_is_its_teacher(teacher, tmp_path):
     taught, own = (LocalDiTPipeline.from_pretrained(folder).transformer for folder in (final, teacher))
     for name, value in own.state_dict().items():
         assert torch.equal(taught.state_dict()[name], value), name
+
+
+def test_the_recipe_begins_with_the_pipeline_in_the_package_and_keeps_its_schedule():
+    config = load_config(Path(__file__).parents[2] / "configs" / "local_dit" / "mini_distill.yaml")
+    student = starting_model(config).state_dict()
+    own = LocalDiTTransformer2DModel.from_pretrained(MINI, subfolder="transformer").state_dict()
+    assert all(torch.equal(student[name], value) for name, value in own.items())
+    objective: Any = build_objective(config.objective)
+    objective.use_scheduler(LCMScheduler.from_config(config.objective["scheduler"]))
+    assert objective.interval == 50
 
 
 @pytest.mark.parametrize(
