@@ -40,10 +40,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """GELU of x, which nobody else holds: in its place where no gradient is kept."""
+    if torch.is_grad_enabled():
+        return F.gelu(x, approximate=approximate)
+    return torch.ops.aten.gelu_(x, approximate=approximate)
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose weight follows the dtype of what it meets: autocast leaves weights in float32, for which
     PyTorch has no fused kernel beside 16-bit input, and says so. The mean square is float32 inside."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d). Returns the same shape."""
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            # On a CPU PyTorch makes four passes and three maps of it, this three passes and one map.
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale = torch.rsqrt(norm.square() / x.shape[-1] + (self.eps or torch.finfo(x.dtype).eps))
+            return (x * scale).mul_(self.weight)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.activations import GELU
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from localdit.kernels import check_kernels
 from localdit.kernels.depthwise_gelu import depthwise_gelu, encode_lines
 from localdit.kernels.window_attention import Attended, encode_slots, triton_computes, window_attention
-from localdit.models.layers import RMSNorm, heads_of, modulate, rotate, sincos_table
+from localdit.models.layers import RMSNorm, gelu, heads_of, modulate, rotate, sincos_table
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
 from localdit.models.region import Layout, Region, build_region
 from localdit.models.strict import (
@@ -81,7 +82,8 @@ class Windows(NamedTuple):
     rotary: Tensor | None  # (M, d/2, 2)
     grid: tuple[int, int]  # windows per column and per row
     slots: Tensor  # (G, S) int32, all of this once more for kernels: `encode_slots`
-    lines: tuple[Tensor, Tensor]  # rows and columns of the shifted and padded map: `encode_lines`
+    # Rows and columns of the shifted and padded map, for kernels: `encode_lines`. None for a part of it.
+    lines: tuple[Tensor, Tensor] | None
 
 
 class Geometry(NamedTuple):
@@ -244,7 +246,8 @@ class LocalDiTAttnProcessor:
         bias = relative_bias(attn.relative_position_bias, attn.window_size)
         out = self._within_windows(q, k, v, bias, windows)  # (B, M, D)
         if attn.global_context is not None:
-            out = torch.lerp(out, self._within_windows(*attn.global_context(q, k, windows), windows), 0.5)
+            query, key, value, bias = attn.global_context(q, k, windows)
+            out = torch.lerp(out, self._within_windows(query, key, value, bias, windows), 0.5)
         return attn.to_out[1](attn.to_out[0](out.index_select(1, windows.token_slot)))
 
     def _within_windows(
@@ -487,7 +490,7 @@ class GlobalContextFeatures(nn.Module):
 
     def convolve(self, x: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         """The depthwise 3x3 and GELU of x, (B, h, w, D), and the sums of its rows, (B, h, D), in float32."""
-        y = F.gelu(self.depthwise(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, h, w, D)
+        y = gelu(self.depthwise(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, h, w, D)
         if present is not None:
             y = y * present
         # Row by row: whoever has some of the rows adds up the same bits.
@@ -528,7 +531,8 @@ class GlobalContext(nn.Module):
         """
         heads = q.shape[2]
         # An adapter around a convolution convolves maps alone.
-        if raster and all(isinstance(features.depthwise, MapConvolution) for features in self.query_features):
+        plain = all(isinstance(features.depthwise, MapConvolution) for features in self.query_features)
+        if raster and plain and windows.lines is not None:
             x = q.flatten(2)
             for features in self.query_features:
                 x = features.in_raster_order(x, windows)
@@ -582,6 +586,22 @@ def modulated_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) 
     return F.layer_norm(x, norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
 
 
+class FusedGELU(GELU):
+    """diffusers' projection and GELU. Where no gradient is kept the activation costs no pass of its own on
+    CUDA, where it is the product's epilogue, and no memory elsewhere."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> (..., 4 D)."""
+        plain = type(self.proj) is nn.Linear and hidden_states.dtype == self.proj.weight.dtype
+        if not hidden_states.is_cuda or not plain or torch.is_grad_enabled():
+            return gelu(self.proj(hidden_states), self.approximate)
+        # The epilogue's GELU is the tanh form, on CUDA alone.
+        y = torch._addmm_activation(
+            self.proj.bias, hidden_states.flatten(0, -2), self.proj.weight.t(), use_gelu=True
+        )
+        return y.unflatten(0, hidden_states.shape[:-1])
+
+
 class LocalDiTBlock(nn.Module):
     """Self-attention, attention to text, feed-forward, modulated by adaLN-single (PixArt-alpha, section 2.3).
 
@@ -614,6 +634,7 @@ class LocalDiTBlock(nn.Module):
         self.attn2 = LocalDiTCrossAttention(dim, heads, config.qk_norm_eps, config.dropout)
         self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=False)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate", dropout=config.dropout)
+        self.ff.net[0] = FusedGELU(dim, self.ff.net[0].proj.out_features, approximate="tanh")
 
     def modulation(self, conditioning: Tensor) -> Tensor:
         """Shift, scale and gate of the self-attention, then of the feed-forward, (6, B, 1, D), from

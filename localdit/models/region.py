@@ -145,6 +145,7 @@ def restrict(windows: "Windows", tokens: Tensor, is_map: bool) -> "Windows":
         attend=((windows.attend[:, 0] & slots[:, None]) | itself)[chosen][:, None],
         rotary=None if windows.rotary is None else of_slots(windows.rotary),
         grid=grid,
+        lines=None,
         slots=encode_slots(place_of_slots.view_as(present), windows.slots[chosen] & 3, present),
     )
 
