@@ -218,6 +218,8 @@ def detect(image: Image.Image) -> Scene:
         # A pixel between background and paint is covered in proportion: this is where the true edge lies.
         cover = (pixels - ground) @ (paint - ground) / max(float(np.square(paint - ground).sum()), 1.0)
         cover = np.where(_grow(inside, 3) & ~_grow((labels >= 0) & ~inside, 3), cover.clip(0, 1), 0.0)
+        if cover.sum() < 1:  # hemmed in by others, of whose surroundings it is a part
+            cover = inside.astype(np.float64)
         found.append((float(cover.sum()), _measure(cover, _nearest(paint, COLORS))))
 
     found.sort(key=lambda pair: pair[0], reverse=True)

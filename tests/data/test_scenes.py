@@ -94,6 +94,13 @@ def test_the_detector_takes_any_picture(size):
         assert (found.relation is not None) == (len(found.objects) == 2)
 
 
+def test_the_detector_takes_shapes_too_close_to_have_edges_of_their_own():
+    picture = np.full((128, 128, 3), 255, dtype=np.uint8)
+    for left in range(5, 120, 5):
+        picture[10:118, left : left + 2] = (200, 30, 30)
+    assert all(o.radius > 0 for o in detect(Image.fromarray(picture)).objects)
+
+
 def test_three_objects_are_listed_by_area_without_a_relation():
     drawn = Scene(
         "gray",
