@@ -1,6 +1,6 @@
 """What the window attention's kernels become on an H100 or H200: registers, spills, instructions, accesses.
 
-In bfloat16, heads of 72 and windows of 4 x 4, the published model's, with Triton 3.6:
+In bfloat16, heads of 72 and windows of 4 x 4, the published model's, with Triton 3.6 and 3.7 (2 more in one):
 
 | kernel | registers | instructions | products |
 | --- | --- | --- | --- |
@@ -26,12 +26,8 @@ from localdit.kernels import window_attention_triton as twin
 HEAD_DIM = 72
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 CORE = ["forward", "forward bias", "forward dual", "forward dual bias", "backward", "backward bias"]
-# Dtypes, windows and heads that are compiled to see that they can be.
-OTHERS = [
-    f"{kernel} {variant}"
-    for kernel in ("forward dual bias", "backward bias")
-    for variant in ("float16", "float32", "window=2", "window=8", "head_dim=32", "head_dim=128")
-]
+VARIANTS = ("float16", "float32", "window=2", "window=8", "head_dim=32", "head_dim=128")
+OTHERS = [f"{kernel} {variant}" for kernel in ("forward dual bias", "backward bias") for variant in VARIANTS]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -102,8 +98,8 @@ def test_queries_keys_values_and_outputs_move_in_words_of_16_bytes(core, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_other_variant_compiles(name, tmp_path):
-    assert measured([name], str(tmp_path))[name]["instructions"] > 0
+def test_no_other_dtype_window_or_head_spills_anything(name, tmp_path):
+    assert measured([name], str(tmp_path))[name]["spilled"] == 0
 
 
 if __name__ == "__main__":
