@@ -204,24 +204,27 @@ def weight_kernel(
 
 # Each thread gets four channels of one token: with eight, its taps alone would take 72 registers.
 COLUMNS, CHANNELS, WARPS = 16, 64, 8
-ROWS = {convolve_kernel: 8, weight_kernel: 16}  # of a tile; two (one) more are read
+MOST_ROWS = {convolve_kernel: 8, weight_kernel: 16}  # of a tile; two (one) more are read
 
 
-def constants(kernel: Any, dim: int) -> dict[str, int]:
-    """What a kernel is compiled for, and the warps of a program."""
-    return {"DIM": dim, "ROWS": ROWS[kernel], "COLUMNS": COLUMNS, "CHANNELS": CHANNELS, "num_warps": WARPS}
+def constants(kernel: Any, dim: int, height: int) -> dict[str, int]:
+    """What a kernel is compiled for at so many channels and rows of the map, and the warps of a program."""
+    rows = min(MOST_ROWS[kernel], triton.next_power_of_2(height))
+    return {"DIM": dim, "ROWS": rows, "COLUMNS": COLUMNS, "CHANNELS": CHANNELS, "num_warps": WARPS}
 
 
 def tiles(kernel: Any, rows: Tensor, columns: Tensor) -> int:
     """How many tiles cover the map."""
-    return triton.cdiv(len(rows), ROWS[kernel]) * triton.cdiv(len(columns), COLUMNS)
+    height = len(rows)
+    return triton.cdiv(height, constants(kernel, 0, height)["ROWS"]) * triton.cdiv(len(columns), COLUMNS)
 
 
 def _launch(kernel: Any, rows: Tensor, columns: Tensor, x: Tensor, *rest: Tensor | None) -> None:
     batch, tokens, dim = x.shape
     grid = (triton.cdiv(dim, CHANNELS) * tiles(kernel, rows, columns), batch)
+    sizes = len(rows), len(columns), tokens
     with torch.cuda.device_of(x):
-        kernel[grid](rows, columns, x, *rest, len(rows), len(columns), tokens, **constants(kernel, dim))
+        kernel[grid](rows, columns, x, *rest, *sizes, **constants(kernel, dim, len(rows)))
 
 
 def _taps(weight: Tensor) -> Tensor:

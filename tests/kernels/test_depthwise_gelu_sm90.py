@@ -47,7 +47,7 @@ def measure(name: str) -> dict[str, Any]:
             "input": ("sums", "grad", "grad_sums"),
         }
         types |= {f"{name}_ptr": None for name in absent[what]}
-    return figures(kernel, types, twin.constants(kernel, 1152))
+    return figures(kernel, types, twin.constants(kernel, 1152, 64))
 
 
 @pytest.fixture(scope="module")
