@@ -535,7 +535,7 @@ class GlobalContext(nn.Module):
         if raster and plain and windows.lines is not None:
             x = q.flatten(2)
             for features in self.query_features:
-                x = features.in_raster_order(x, windows)
+                x = cast(GlobalContextFeatures, features).in_raster_order(x, windows)
             query = heads_of(x, heads)
         else:
             x, present = self.to_map(q.index_select(1, windows.slot_token) if raster else q, windows)
