@@ -7,14 +7,13 @@ Finished runs and measurements are kept under runs/studies/extrapolation and not
 
 import json
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers import (
-    ModelMixin as ModelMixin,
-)  # which diffusers, loading a saved model, looks for in its module
+from diffusers import ModelMixin as ModelMixin  # diffusers, loading a saved model, looks for it in its module
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import make_image_grid
 from pages import fill, spread
@@ -132,6 +131,8 @@ def train_run(arm: str, seed: int) -> None:
 
 
 def load(arm: str, seed: int) -> DiffusionPipeline:
+    # The saved twins are classes of this file by its name, which a run that trains nothing has not imported.
+    import_module("extrapolation")
     kind = LocalDiTOfClasses if ARMS[arm][0] == LOCAL else LEDiTPipeline
     pipeline = kind.from_pretrained(folder(arm, seed) / "final")
     pipeline.set_progress_bar_config(disable=True)

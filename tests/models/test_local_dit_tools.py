@@ -72,7 +72,7 @@ def test_the_matrices_of_the_blocks_may_be_float8():
     assert 0 < relative_error(prediction, run(plain, inputs)) < 0.2
     names = ("encoder_hidden_states", "encoder_attention_mask")
     context = model.encode_text(*(inputs.pop(name) for name in names))
-    assert torch.equal(run(model, inputs | {names[0]: context}), prediction)
+    assert relative_error(run(model, inputs | {names[0]: context}), prediction) < 1e-5
 
 
 def test_a_compiled_model_gives_the_same_gradients():

@@ -118,7 +118,7 @@ def test_outside_the_interval_the_prompt_alone_is_read(ddim, interval, rows):
         num_inference_steps=4,
         output_type="pt",
     )
-    assert [len(call["hidden_states"]) for call in calls] == rows
+    assert [call["encoder_hidden_states"].batch_size for call in calls] == rows
     everywhere = (-1.0, 2.0)
     expected = by_hand(ddim, "a red circle", NEGATIVE, 3.5, seed=3, steps=4, interval=interval or everywhere)
     torch.testing.assert_close(pixels, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)

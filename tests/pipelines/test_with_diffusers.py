@@ -160,7 +160,7 @@ def test_guidance_that_ends_within_its_interval_is_over(pipe):
     calls = spy(pipe)
     kwargs = {"num_inference_steps": 6, "guidance_interval": (0.1, 0.9)}
     seeded(pipe, callback_on_step_end=cut, **kwargs)
-    assert [len(call["hidden_states"]) for call in calls] == [1, 2, 2, 1, 1, 1]
+    assert [call["encoder_hidden_states"].batch_size for call in calls] == [1, 2, 2, 1, 1, 1]
 
 
 def test_guidance_may_change_but_not_begin(pipe):
