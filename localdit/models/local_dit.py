@@ -8,7 +8,7 @@ lists what in it surprises.
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,9 @@ from localdit.models.strict import (
     check_types,
     extra_inputs,
 )
+
+if TYPE_CHECKING:
+    from localdit.models.streaming import Streaming
 
 # B batch   C channels   H W latent   p patch   h w token grid   N = h*w tokens   T text tokens
 # D width   A heads   d = D/A head width   G windows   S tokens per window   M = G*S window slots
@@ -84,6 +87,8 @@ class Windows(NamedTuple):
     slots: Tensor  # (G, S) int32, all of this once more for kernels: `encode_slots`
     # Rows and columns of the shifted and padded map, for kernels: `encode_lines`. None for a part of it.
     lines: tuple[Tensor, Tensor] | None
+    # (B, M, A, d) queries of the global context, in slots. None: it makes them, of all windows.
+    global_queries: Tensor | None = None
 
 
 class Geometry(NamedTuple):
@@ -97,16 +102,21 @@ class Geometry(NamedTuple):
 
 
 def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines of 2-D RoPE, (N, head_dim/2, 2), for `rotate`.
+    """Cosines and sines of 2-D RoPE, (N, head_dim/2, 2), for `rotate`."""
+    return rotary_of(torch.arange(height, device=device), torch.arange(width, device=device), head_dim)
+
+
+def rotary_of(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
+    """`rotary_table` of the tokens where these rows (h,) and columns (w,) of a grid cross.
 
     The first half of the pairs of channels turns with the column, the second with the row, at
     θ_j = 10000^(-4j / head_dim).
     """
-    theta = 10000 ** (-4 * torch.arange(head_dim // 4, device=device) / head_dim)  # (d/4,)
-    rows = torch.arange(height, device=device)[:, None, None] * theta  # (h, 1, d/4)
-    columns = torch.arange(width, device=device)[None, :, None] * theta  # (1, w, d/4)
-    shape = (height, width, -1)
-    angles = torch.cat((columns.expand(shape), rows.expand(shape)), dim=-1).flatten(0, 1)  # (N, d/2)
+    theta = 10000 ** (-4 * torch.arange(head_dim // 4, device=rows.device) / head_dim)  # (d/4,)
+    down = rows[:, None, None] * theta  # (h, 1, d/4)
+    across = columns[None, :, None] * theta  # (1, w, d/4)
+    shape = (len(rows), len(columns), -1)
+    angles = torch.cat((across.expand(shape), down.expand(shape)), dim=-1).flatten(0, 1)  # (N, d/2)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -114,12 +124,23 @@ def position_table(
     height: int, width: int, dim: int, base_size: int, interpolation_scale: float, device: torch.device
 ) -> Tensor:
     """Diffusers' 2-D sine-cosine embedding, (N, dim), stretched to `base_size`."""
+    rows, columns = (
+        position_axis(length, base_size, interpolation_scale, device) for length in (height, width)
+    )
+    return sincos_table(rows, columns, dim)
 
-    def axis(length: int) -> Tensor:  # (length,)
-        index = torch.arange(length, device=device, dtype=torch.float32)
-        return index / (length / base_size) / interpolation_scale
 
-    return sincos_table(axis(height), axis(width), dim)
+def position_axis(length: int, base_size: int, interpolation_scale: float, device: torch.device) -> Tensor:
+    """The coordinates of the rows (columns) of a grid of that height (width), (length,)."""
+    index = torch.arange(length, device=device, dtype=torch.float32)
+    return index / (length / base_size) / interpolation_scale
+
+
+def picture_size(height: int, width: int, patch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Height and width in pixels, (1, 2), and width / height, (1,), of a picture of so many tokens."""
+    pixels = patch_size * PIXELS_PER_LATENT
+    resolution = torch.tensor([[height * pixels, width * pixels]], dtype=torch.float32, device=device)
+    return resolution, torch.tensor([width / height], dtype=torch.float32, device=device)
 
 
 def shift_windows(
@@ -190,11 +211,11 @@ def build_geometry(
 ) -> Geometry:
     """Compute the tables of a grid of `height` x `width` tokens."""
     rotary = rotary_table(height, width, head_dim, device) if rope else None
-    pixels = patch_size * PIXELS_PER_LATENT
+    resolution, aspect_ratio = picture_size(height, width, patch_size, device)
     return Geometry(
         position=position_table(height, width, dim, base_size, interpolation_scale, device).to(dtype),
-        resolution=torch.tensor([[height * pixels, width * pixels]], dtype=torch.float32, device=device),
-        aspect_ratio=torch.tensor([width / height], dtype=torch.float32, device=device),
+        resolution=resolution,
+        aspect_ratio=aspect_ratio,
         rotary=rotary,
         windows=tuple(shift_windows(height, width, window, shift, rotary, device) for shift in range(window)),
     )
@@ -349,6 +370,12 @@ class LocalDiTFullAttention(_Attention):
     """Self-attention over the whole image, as in PixArt, with normalised and rotated queries and keys."""
 
     _default_processor_cls: ClassVar[Any] = LocalDiTFullAttnProcessor
+
+    def queries(self, x: Tensor, rotary: Tensor | None) -> Tensor:
+        """The queries alone of `project`, (B, N, A, d)."""
+        q = self.to_qkv(x).chunk(3, dim=-1)[0] if self.fused_projections else self.to_q(x)
+        q = self.norm_q(heads_of(q, self.heads))
+        return q if rotary is None else rotate(q, rotary)
 
     def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both normalised, then rotated) and values of x, (B, N, D): three of (B, N, A, d)."""
@@ -529,7 +556,7 @@ class GlobalContext(nn.Module):
 
         Returns queries, keys, values in the same order and shape, and the bias, (A, S, S).
         """
-        heads = q.shape[2]
+        heads, query = q.shape[2], windows.global_queries
         # An adapter around a convolution convolves maps alone.
         plain = all(isinstance(features.depthwise, MapConvolution) for features in self.query_features)
         if raster and plain and windows.lines is not None:
@@ -538,10 +565,11 @@ class GlobalContext(nn.Module):
                 x = cast(GlobalContextFeatures, features).in_raster_order(x, windows)
             query = heads_of(x, heads)
         else:
-            x, present = self.to_map(q.index_select(1, windows.slot_token) if raster else q, windows)
-            for features in self.query_features:
-                x = features(x, present, tokens=len(windows.token_slot))
-            query = self.to_slots(x, windows, heads)
+            if query is None:
+                x, present = self.to_map(q.index_select(1, windows.slot_token) if raster else q, windows)
+                for features in self.query_features:
+                    x = features(x, present, tokens=len(windows.token_slot))
+                query = self.to_slots(x, windows, heads)
             query = query.index_select(1, windows.token_slot) if raster else query
         key, value = self.to_kv(k.flatten(2)).chunk(2, dim=-1)
         # The spread bias, not the table: offloading takes a module's own tensors away when its forward ends.
@@ -815,6 +843,7 @@ class LocalDiTTransformer2DModel(
 
         self._block_inputs = extra_inputs(self.block_class, LocalDiTBlock)
 
+        self._streaming: Streaming | None = None
         self.gradient_checkpointing = False
         self.init_weights()
 
@@ -855,6 +884,38 @@ class LocalDiTTransformer2DModel(
         for module in self.modules():
             if hasattr(module, "kernels"):
                 module.kernels = kernels
+
+    def enable_streaming(self, max_tokens: int = 8192, offload: bool = False) -> None:
+        """Compute each block in bands of rows from now on: memory for one token map and a band, at any size.
+
+        Every window sees itself alone, so nothing changes in the result: `localdit/models/streaming.py`
+        says what equal bits take. The squeeze-excites of global context need the mean of the whole image
+        first, which makes their queries be computed three times: a quarter more work, or two fifths where a
+        band has four rows of windows. Blocks of full attention are computed whole, in the memory that takes.
+
+        Streaming is for inference, with all blocks on one device; caches of diffusers are to be disabled.
+
+        Args:
+            max_tokens: Of the batch, that are computed at a time; at least one row of windows is.
+            offload: Keep the token map in the memory of the host, and on the device a band alone.
+
+        Raises:
+            ValueError: A subclass changes what a block or its attention computes, which may then look beyond
+                a band.
+        """
+        from localdit.models.streaming import Streaming  # which imports this file
+
+        streaming = Streaming(max_tokens, offload)
+        streaming.check(self)
+        self._streaming = streaming
+
+    def disable_streaming(self) -> None:
+        """Compute whole images again."""
+        self._streaming = None
+
+    @property
+    def is_streaming(self) -> bool:
+        return self._streaming is not None
 
     @apply_forward_hook
     @apply_lora_scale("attention_kwargs")
@@ -988,43 +1049,29 @@ class LocalDiTTransformer2DModel(
             region,
         )
         batch, _, height, width = hidden_states.shape
-        patch = self.config.patch_size
-        grid = height // patch, width // patch
+        grid = height // self.config.patch_size, width // self.config.patch_size
+
+        # 1. Text.
+        if isinstance(encoder_hidden_states, TextContext):
+            context = encoder_hidden_states
+        else:
+            context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
+        if self._streaming is not None:
+            sample = self._streaming.run(self, hidden_states, context, timestep, added_cond_kwargs)
+            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
         # A compiler sees the arithmetic itself and keeps the sizes dynamic; eager code keeps the tables. What
         # comes of a fake tensor is fake as well, and not kept.
         get_geometry: Any = build_geometry if is_traced(hidden_states) else cached_geometry
         geometry = get_geometry(*grid, *self._geometry_key, hidden_states.dtype, hidden_states.device)
 
-        # 1. Tokens.
+        # 2. Tokens.
         # The convolution leaves the channels outermost; every layer from here on wants them innermost.
         x = self.pos_embed(hidden_states).contiguous() + geometry.position  # (B, N, D)
 
-        # 2. Conditions.
-        modulations = None
-        if isinstance(timestep, TimestepContext):
-            conditioning, embedded, modulations = (
-                timestep.conditioning,
-                timestep.embedded,
-                timestep.modulations,
-            )
-        else:
-            timestep = torch.as_tensor(timestep, device=x.device).expand(batch)
-            if not added_cond_kwargs or not self.config.use_additional_conditions:
-                sizes = geometry.resolution.expand(batch, 2), geometry.aspect_ratio.expand(batch)
-            else:
-                sizes = added_cond_kwargs["resolution"], added_cond_kwargs["aspect_ratio"]
-            conditioning, embedded = self.adaln_single(
-                timestep,
-                {"resolution": sizes[0], "aspect_ratio": sizes[1]},
-                batch_size=batch,
-                hidden_dtype=x.dtype,
-            )  # (B, 6 D), (B, D)
-
-        # 3. Text.
-        if isinstance(encoder_hidden_states, TextContext):
-            context = encoder_hidden_states
-        else:
-            context = self._project_caption(encoder_hidden_states, encoder_attention_mask)
+        # 3. Conditions.
+        size = geometry.resolution, geometry.aspect_ratio
+        conditioning, embedded, modulations = self.condition(timestep, added_cond_kwargs, size, x)
 
         # 4. Blocks.
         copies = context.batch_size // batch
@@ -1050,13 +1097,48 @@ class LocalDiTTransformer2DModel(
                 x = run(x, *fixed)
 
         # 5. Output.
-        shift, scale = (self.scale_shift_table[:, None, None] + embedded[:, None]).unbind()  # (B, 1, D)
-        x = self.proj_out(modulated_norm(self.norm_out, x, shift, scale))  # (B, N, p*p*C)
+        x = self.predict(x, embedded)
         if region is not None:
             x = x.new_zeros(len(x), grid[0] * grid[1], x.shape[2]).index_copy(1, region.tokens, x)
-        x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, C)
-        sample = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
+        sample = self.to_latents(x, grid)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def condition(
+        self,
+        timestep: Tensor | float | TimestepContext,
+        added_cond_kwargs: dict[str, Tensor] | None,
+        size: tuple[Tensor, Tensor],
+        x: Tensor,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
+        """What adaLN-single makes of time and size: the three tensors of a `TimestepContext`.
+
+        `size` is `picture_size`'s, for want of `added_cond_kwargs`; batch, dtype and device are those of x.
+        """
+        if isinstance(timestep, TimestepContext):
+            return timestep.conditioning, timestep.embedded, timestep.modulations
+        timestep = torch.as_tensor(timestep, device=x.device).expand(len(x))
+        if not added_cond_kwargs or not self.config.use_additional_conditions:
+            sizes = size[0].expand(len(x), 2), size[1].expand(len(x))
+        else:
+            sizes = added_cond_kwargs["resolution"], added_cond_kwargs["aspect_ratio"]
+        conditioning, embedded = self.adaln_single(
+            timestep,
+            {"resolution": sizes[0], "aspect_ratio": sizes[1]},
+            batch_size=len(x),
+            hidden_dtype=x.dtype,
+        )
+        return conditioning, embedded, None
+
+    def predict(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """What the last block's tokens, (B, N, D), say of their patches: (B, N, p*p*C)."""
+        shift, scale = (self.scale_shift_table[:, None, None] + embedded[:, None]).unbind()  # (B, 1, D)
+        return self.proj_out(modulated_norm(self.norm_out, x, shift, scale))
+
+    def to_latents(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, h*w, p*p*C) for grid = (h, w) to (B, C, H, W)."""
+        size = self.config.patch_size
+        x = patches.unflatten(2, (size, size, -1)).unflatten(1, grid)  # (B, h, w, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, grid[0] * size, grid[1] * size)
 
     def plan_region(self, tokens: Tensor, halo: int | None = None) -> Region | None:
         """Find what must be computed for a part of the image, once for all steps: `forward`'s `region`.
@@ -1072,7 +1154,8 @@ class LocalDiTTransformer2DModel(
                 the blocks reach. None: what is needed is computed.
 
         Returns:
-            The region, or None where it is the whole image, as with a cache enabled, which wants all tokens.
+            The region, or None where it is the whole image, as with a cache enabled, which wants all
+            tokens, and with streaming.
 
         Raises:
             ValueError: No token is to be predicted.
@@ -1082,7 +1165,7 @@ class LocalDiTTransformer2DModel(
                 "tokens must be (h, w) bool, with one that is True, "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-        if self.is_cache_enabled:
+        if self.is_cache_enabled or self.is_streaming:
             return None
         geometry = cached_geometry(*tokens.shape, *self._geometry_key, self.dtype, tokens.device)
         layouts = []
@@ -1179,6 +1262,8 @@ class LocalDiTTransformer2DModel(
             grid = tuple(size // config.patch_size for size in hidden_states.shape[2:])
             if region.grid != grid:
                 raise ValueError(f"region must be planned for {grid} tokens, got one for {region.grid}")
+            if self.is_streaming:
+                raise ValueError("region must be None while streaming; disable_streaming() first")
             if self.is_cache_enabled:
                 raise ValueError(
                     "region must be None with a cache enabled, which keeps what all tokens gave before; "

@@ -308,6 +308,16 @@ def resize_images(images: list[Tensor], height: int, width: int) -> Tensor:
     return torch.stack(resized)
 
 
+def enlarge_images(images: list[Tensor], height: int, width: int) -> list[Tensor]:
+    """Stretch pictures (3, H, W) to (3, height, width) by Pillow's Lanczos filter, in floating point."""
+
+    def stretch(channel: Tensor) -> Tensor:
+        resized = Image.fromarray(channel.cpu().numpy()).resize((width, height), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(resized))
+
+    return [torch.stack([stretch(channel) for channel in x]).clamp(0, 1) for x in images]
+
+
 def set_timesteps(
     scheduler: Any,
     num_inference_steps: int,

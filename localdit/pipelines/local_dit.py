@@ -21,8 +21,11 @@ from localdit.pipelines.common import (
     check_eta,
     check_prompts,
     check_text_mask,
+    enlarge_images,
+    image_size,
     is_picture,
     lost_words,
+    read_images,
     require_finite,
     resize_images,
     set_timesteps,
@@ -33,6 +36,8 @@ from localdit.pipelines.inpainting import check_masks, read_masks, resize_masks
 logger = logging.getLogger(__name__)
 
 # B pictures (prompts x pictures of each)   C latent channels   H W latent   T text tokens
+
+MAX_SIDE = 16384  # pixels of an enlarged picture: more is a slip, found before memory is taken for it
 
 TEXT_TENSORS = (
     "prompt_embeds",
@@ -313,6 +318,55 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
 
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def upscale(
+        self, image: ImageInput, scale: float = 2, strength: float = 0.3, **kwargs: Any
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Enlarge pictures, and draw their detail anew: Lanczos, then image to image at the large size.
+
+        The transformer and the VAE are streamed, `enable_streaming` and `enable_vae_streaming`, so that the
+        size is bounded by time: there are no tiles, and no seams. Whoever enabled either before, or the VAE's
+        tiling, finds it as it was set; else they are streamed for this call alone.
+
+        Args:
+            image: The picture, or a list of pictures of one size, for `__call__`.
+            scale: Of the sides, above 1, up to 8. Sizes are rounded down as those of an image are.
+            strength: How much of the noise schedule the enlarged picture goes through, 0 to 1.
+            kwargs: Other arguments of `__call__`, such as `prompt`; height and width follow from the above.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: As `__call__`; or the picture would be larger than 16384 pixels a side; or transformer
+                or VAE are none that can be streamed: such a VAE may tile, by `pipe.vae.enable_tiling()`.
+            NonFiniteError: As `__call__`.
+        """
+        for name in ("vae", "transformer"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be loaded to enlarge a picture, got None")
+        if not 1 < scale <= 8:
+            raise ValueError(f"scale must be above 1 and at most 8, got {scale}")
+        images = read_images(image, self.transformer.config.in_channels)
+        if not is_picture(images[0]):
+            raise ValueError("image must be pictures to be enlarged, got latents")
+        multiple = self._size_multiple
+        height, width = (int(side * scale) // multiple * multiple for side in image_size(images, 1))
+        for name, side in (("height", height), ("width", width)):
+            if not multiple <= side <= MAX_SIDE:
+                raise ValueError(f"{name} must be from {multiple} to {MAX_SIDE} when enlarged, got {side}")
+
+        streaming, vae_streaming = self.transformer.is_streaming, self._vae_streaming
+        try:
+            if not streaming:
+                self.transformer.enable_streaming()
+            if vae_streaming is None and not getattr(self.vae, "use_tiling", False):
+                self.enable_vae_streaming()
+            return self(image=enlarge_images(images, height, width), strength=strength, **kwargs)
+        finally:
+            self._vae_streaming = vae_streaming
+            if not streaming:
+                self.transformer.disable_streaming()
 
     def check_inputs(
         self,

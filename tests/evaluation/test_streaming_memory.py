@@ -1,0 +1,52 @@
+"""What one denoising step takes is measured in a process of its own, and told in a table."""
+
+from dataclasses import replace
+
+import pytest
+
+from localdit.evaluation import streaming
+from localdit.evaluation.streaming import Case, Result, benchmark, measure, table
+
+TOY = {"num_attention_heads": 2, "attention_head_dim": 12, "caption_channels": 16}
+
+
+@pytest.mark.skipif(not streaming._CLEAR.exists(), reason="the peak is read from /proc")
+@pytest.mark.parametrize("max_tokens", [16, None])
+def test_a_step_is_measured_in_bands_and_whole(monkeypatch, max_tokens):
+    monkeypatch.setattr(streaming, "WIDTH", TOY)
+    result = measure(Case(size=128, blocks=2, max_tokens=max_tokens))
+    assert result.tokens == 64
+    assert result.weight_bytes > 4 * 2 * 16 * 24**2  # the matrices of two blocks
+    assert result.peak_bytes >= 0
+    assert result.seconds > 0
+    assert result.cpu_seconds > 0
+
+
+def test_a_process_that_fails_is_told_with_its_error():
+    with pytest.raises(RuntimeError, match="nowhere"):
+        list(benchmark([Case(size=16, device="nowhere")]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 500}, "size must be a positive multiple of 16, got 500"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+    ],
+)
+def test_a_case_that_cannot_be_measured_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Case(**{"size": 512} | fields)
+
+
+def test_the_table_has_a_line_for_each_result():
+    case = Case(size=8192, dtype="bfloat16")
+    whole = replace(case, size=512, max_tokens=None, global_context=False)
+    results = [
+        Result(case, 262_144, 10**9, 2_040_000_000, 571.6, 67.6),
+        Result(whole, 1024, 1, 10**8, 1.0, 0.5),
+    ]
+    head, rule, banded, plain = table(results).splitlines()
+    assert head.count("|") == rule.count("|") == banded.count("|")
+    assert banded == "| 8192 | 262,144 | 18 | with | bfloat16 | 8,192 | 2.04 GB | 571.6 | 67.6 |"
+    assert plain == "| 512 | 1,024 | 18 | without | bfloat16 | whole | 0.10 GB | 1.0 | 0.5 |"
