@@ -21,7 +21,7 @@ from toy_pipeline import toy_pipeline, toy_transformer
 
 import localdit
 from localdit import cli
-from localdit.evaluation import speed
+from localdit.evaluation import speed, streaming
 from localdit.evaluation.scenes import evaluation_prompts
 from localdit.evaluation.timing import Setup, Spread
 from localdit.pictures import Settings, read_settings
@@ -627,6 +627,27 @@ def test_two_processes_evaluate_as_one_does(model, folder):
     assert json.loads(one.stdout) == json.loads(two.stdout)
     for name in files(folder / "one/images"):
         assert (pixels(f"one/images/{name}") == pixels(f"two/images/{name}")).all()
+
+
+def test_benchmark_streaming_prints_a_table_or_json(monkeypatch, capsys):
+    asked = []
+
+    def benchmark(cases):
+        asked.extend(cases)
+        for case in cases:
+            yield streaming.Result(case, 16, 1_000, 2_000_000_000, 1.5, 1.0)
+
+    monkeypatch.setattr(streaming, "benchmark", benchmark)
+    assert cli.main(["benchmark", "--streaming", "--size", "64", "128", "--threads", "1"]) == 0
+    assert asked == [streaming.Case(64, threads=1), streaming.Case(128, threads=1)]
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| 64", "| 128"]
+    assert "2.00 GB" in rows[2]
+
+    assert cli.main(["benchmark", "--streaming", "--json", "--dtype", "bfloat16"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["case"]["size"] for line in lines] == list(streaming.SIZES)
+    assert {line["case"]["dtype"] for line in lines} == {"bfloat16"}
 
 
 def test_benchmark_prints_tables_or_json_and_writes_files(monkeypatch, capsys, folder):

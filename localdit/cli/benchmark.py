@@ -31,20 +31,22 @@ def add(commands: Any) -> Parser:
         "options: MODEL:OPTION+OPTION of torch, triton (ours without Triton kernels, or not without them),\n"
         "         compiled (block by block), cudnn (attention), graph (CUDA graph)\n\n"
         "With --masking: time a training step, forward and backward, of SparseDiT with 75 % of the\n"
-        "tokens dropped against one with none, Tiny on a CPU and XL on a GPU, and count the operations.",
+        "tokens dropped against one with none, Tiny on a CPU and XL on a GPU, and count the operations.\n\n"
+        "With --streaming: memory and time of a forward of LocalDiT in bands of rows, against the size.",
         epilog="examples:\n"
         "  localdit benchmark\n"
         "  localdit benchmark --models local local:compiled sana-0.6b --size 512 1024 --out speed\n"
         "  localdit benchmark --device cuda --dtype bfloat16 --size 512 1024 2048 --guidance on --out speed",
     )
     parser.add_argument("--masking", action="store_true", help="what dropping tokens saves in training")
+    parser.add_argument("--streaming", action="store_true", help="memory and time in bands, against the size")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="what competes (default: see above)")
     parser.add_argument(
         "--size",
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="sides of the picture in pixels (default: 1024, with --masking 256)",
+        help="sides of the picture in pixels (default: 1024, with --masking 256, --streaming 512 to 8192)",
     )
     parser.add_argument("--pairs", type=int, default=8, help="rounds to measure (default: %(default)s)")
     parser.add_argument(
@@ -97,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
     setup = Setup(args.pairs, args.dtype, args.threads, args.device, args.cpu_time)
     if args.masking:
         _run_masking(args, setup)
+    elif args.streaming:
+        _run_streaming(args)
     else:
         _run_speed(args, setup)
 
@@ -140,6 +144,22 @@ def _write(folder: Path, results: "list[speed.Result]") -> None:
         )
     with staged_file(folder / "speed.png") as path:
         draw(results, path)
+
+
+def _run_streaming(args: argparse.Namespace) -> None:
+    from localdit.evaluation import streaming
+
+    cases = [
+        streaming.Case(size, dtype=args.dtype, device=args.device or "cpu", threads=args.threads)
+        for size in args.size or streaming.SIZES
+    ]
+    results = []
+    for result in streaming.benchmark(cases):
+        results.append(result)
+        if args.json:
+            print(json.dumps(dataclasses.asdict(result)), flush=True)
+    if not args.json:
+        print(streaming.table(results))
 
 
 def _run_masking(args: argparse.Namespace, setup: "Setup") -> None:
