@@ -48,11 +48,11 @@ class Case(NamedTuple):
 
 CASES = [
     Case((8, 8), 4, 0, 72),
-    Case((8, 12), 4, 1, 72, attentions=2),
-    Case((5, 7), 4, 2, 72, attentions=2, batch=3),
+    Case((8, 12), 4, 1, 72, attentions=2, batch=1),
+    Case((5, 7), 4, 2, 72, attentions=2, heads=1, batch=3),
     Case((3, 9), 4, 3, 72, bias=False),
     Case((6, 5), 4, 1, 12),  # a head below the least tile
-    Case((5, 7), 4, 2, 40, attentions=2, bias=False, heads=3),
+    Case((5, 7), 4, 2, 40, attentions=2, bias=False, heads=3, batch=1),
     Case((4, 6), 4, 3, 128),
     Case((5, 7), 2, 1, 32),  # four windows in a tile
     Case((4, 6), 2, 0, 72, attentions=2),
