@@ -166,6 +166,19 @@ def test_tensors_laid_out_otherwise_are_read_as_well():
         assert torch.equal(value, other)
 
 
+def test_under_autocast_tokens_are_read_and_written_in_16_bits():
+    case = Case((4, 6), 4, 1, 24)
+    x, weight, *_ = case.draw()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        y, sums = depthwise_gelu_triton(x.requires_grad_(), weight.requires_grad_(), *case.lines())
+    assert (y.dtype, sums.dtype) == (torch.bfloat16, torch.float32)
+    expected = depthwise_gelu_triton(x.bfloat16(), weight, *case.lines())
+    assert torch.equal(y, expected[0])
+    assert torch.equal(sums, expected[1])
+    y.sum().backward()
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float32)
+
+
 def test_twice_the_same_gives_the_same_bits():
     case = Case((9, 7), 4, 3, 16)
     tensors = case.draw()
