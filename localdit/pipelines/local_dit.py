@@ -322,7 +322,8 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
     def upscale(
         self, image: ImageInput, scale: float = 2, strength: float = 0.3, **kwargs: Any
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Enlarge pictures, and draw their detail anew: Lanczos, then image to image at the large size.
+        """Enlarge pictures, and draw their detail anew: Lanczos, then image to image at the large size, at
+        which the transformer must be able to draw.
 
         The transformer and the VAE are streamed, `enable_streaming` and `enable_vae_streaming`, so that the
         size is bounded by time: there are no tiles, and no seams. Whoever enabled either before, or the VAE's
