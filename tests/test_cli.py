@@ -269,7 +269,11 @@ def test_ctrl_c_leaves_whole_pictures_alone_behind(generate, folder, monkeypatch
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Image.Image, "save", save_and_interrupt)
-    assert generate("a star", "--num", "3", "--seed", "1", code=130) == ["outputs/a-star-1.png"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+    try:
+        assert generate("a star", "--num", "3", "--seed", "1", code=130) == ["outputs/a-star-1.png"]
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert files(folder) == ["outputs/a-star-1.png"]
     assert pixels("outputs/a-star-1.png").shape == (64, 64, 3)
 
