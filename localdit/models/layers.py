@@ -24,15 +24,20 @@ def heads_of(x: Tensor, heads: int) -> Tensor:
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Turn adjacent channels of x, (B, M, A, d), by the angles of a rotary table, (M, d/2, 2), in float32.
 
-    The table holds cosines and sines (RoFormer, arXiv 2104.09864, section 3.4.2).
+    The table holds cosines and sines (RoFormer, arXiv 2104.09864, section 3.4.2). Nobody else may hold x:
+    it is turned in its place where no gradient is kept.
     """
     pairs, table = x.float().unflatten(-1, (-1, 2)), rotary[:, None]
     if torch.compiler.is_compiling():  # compilers fuse real arithmetic and know no complex numbers
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    else:  # one pass where real arithmetic takes six
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    return pairs.flatten(-2).to(x.dtype)
+        return pairs.flatten(-2).to(x.dtype)
+    # One pass where real arithmetic takes six.
+    turned, by = torch.view_as_complex(pairs), torch.view_as_complex(table)
+    if torch.is_grad_enabled():
+        return torch.view_as_real(turned * by).flatten(-2).to(x.dtype)
+    turned *= by  # of x itself, or of its copy in float32
+    return x if x.dtype == torch.float32 else x.copy_(pairs.flatten(-2))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

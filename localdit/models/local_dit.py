@@ -262,13 +262,14 @@ class LocalDiTAttnProcessor:
         if not chosen and triton_computes(attn.kernels, hidden_states, slots, head_dim):
             return self._in_raster_order(attn, hidden_states, windows, rotary)
 
-        x = hidden_states.index_select(1, windows.slot_token)  # (B, M, D)
-        q, k, v = attn.project(x, windows.rotary)  # (B, M, A, d)
+        in_slots = hidden_states.index_select(1, windows.slot_token)  # (B, M, D)
+        q, k, v = attn.project(in_slots, windows.rotary)  # (B, M, A, d)
         bias = relative_bias(attn.relative_position_bias, attn.window_size)
         out = self._within_windows(q, k, v, bias, windows)  # (B, M, D)
+        del in_slots, v  # make room
         if attn.global_context is not None:
-            query, key, value, bias = attn.global_context(q, k, windows)
-            out = torch.lerp(out, self._within_windows(query, key, value, bias, windows), 0.5)
+            q, k, v, bias = attn.global_context(q, k, windows)
+            out = torch.lerp(out, self._within_windows(q, k, v, bias, windows), 0.5)
         return attn.to_out[1](attn.to_out[0](out.index_select(1, windows.token_slot)))
 
     def _within_windows(
@@ -374,20 +375,24 @@ class LocalDiTFullAttention(_Attention):
     def queries(self, x: Tensor, rotary: Tensor | None) -> Tensor:
         """The queries alone of `project`, (B, N, A, d)."""
         q = self.to_qkv(x).chunk(3, dim=-1)[0] if self.fused_projections else self.to_q(x)
-        q = self.norm_q(heads_of(q, self.heads))
-        return q if rotary is None else rotate(q, rotary)
+        return self._turn(self.norm_q, q, rotary)
 
     def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both normalised, then rotated) and values of x, (B, N, D): three of (B, N, A, d)."""
-        if self.fused_projections:
-            q, k, v = self.to_qkv(x).chunk(3, dim=-1)
-        else:
-            q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
-        q, k, v = (heads_of(y, self.heads) for y in (q, k, v))
-        q, k = self.norm_q(q), self.norm_k(k)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        return q, k, v
+        # One by one: each is finished, and what it took is free, before the next is made.
+        projected = (
+            iter(self.to_qkv(x).chunk(3, dim=-1))
+            if self.fused_projections
+            else (layer(x) for layer in (self.to_q, self.to_k, self.to_v))
+        )
+        q = self._turn(self.norm_q, next(projected), rotary)
+        k = self._turn(self.norm_k, next(projected), rotary)
+        return q, k, heads_of(next(projected), self.heads)
+
+    def _turn(self, norm: nn.Module, x: Tensor, rotary: Tensor | None) -> Tensor:
+        """Normalise the heads of x, (B, N, D), and turn them: (B, N, A, d)."""
+        x = norm(heads_of(x, self.heads))
+        return x if rotary is None else rotate(x, rotary)
 
     def forward(self, hidden_states: Tensor, windows: Windows, rotary: Tensor | None) -> Tensor:
         """hidden_states: (B, N, D); rotary: the table in raster order. Returns (B, N, D)."""
@@ -620,14 +625,38 @@ class FusedGELU(GELU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., 4 D)."""
-        plain = type(self.proj) is nn.Linear and hidden_states.dtype == self.proj.weight.dtype
-        if not hidden_states.is_cuda or not plain or torch.is_grad_enabled():
+        # Adapters, float8 weights, weights that come when the layer is called: the layer knows how.
+        weight = self.proj.weight
+        plain = type(self.proj) is nn.Linear and type(weight) is nn.Parameter
+        here = hidden_states.dtype == weight.dtype and hidden_states.device == weight.device
+        if not hidden_states.is_cuda or not plain or not here or torch.is_grad_enabled():
             return gelu(self.proj(hidden_states), self.approximate)
         # The epilogue's GELU is the tanh form, on CUDA alone.
-        y = torch._addmm_activation(
-            self.proj.bias, hidden_states.flatten(0, -2), self.proj.weight.t(), use_gelu=True
-        )
+        y = torch._addmm_activation(self.proj.bias, hidden_states.flatten(0, -2), weight.t(), use_gelu=True)
         return y.unflatten(0, hidden_states.shape[:-1])
+
+
+class ModulatedFeedForward(FeedForward):
+    """diffusers' feed-forward, which may modulate its input itself: then nobody holds that map where a block
+    needs most memory."""
+
+    def __init__(self, dim: int, dropout: float):
+        super().__init__(dim, activation_fn="gelu-approximate", dropout=dropout)
+        self.net[0] = FusedGELU(dim, self.net[0].proj.out_features, approximate="tanh")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        norm: nn.LayerNorm | None = None,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Of hidden_states, (B, N, D), or of `modulated_norm` of it. Returns (B, N, D)."""
+        if norm is not None and shift is not None and scale is not None:
+            hidden_states = modulated_norm(norm, hidden_states, shift, scale)
+        for layer in self.net:
+            hidden_states = layer(hidden_states)
+        return hidden_states
 
 
 class LocalDiTBlock(nn.Module):
@@ -661,8 +690,7 @@ class LocalDiTBlock(nn.Module):
             )
         self.attn2 = LocalDiTCrossAttention(dim, heads, config.qk_norm_eps, config.dropout)
         self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=False)
-        self.ff = FeedForward(dim, activation_fn="gelu-approximate", dropout=config.dropout)
-        self.ff.net[0] = FusedGELU(dim, self.ff.net[0].proj.out_features, approximate="tanh")
+        self.ff = ModulatedFeedForward(dim, config.dropout)
 
     def modulation(self, conditioning: Tensor) -> Tensor:
         """Shift, scale and gate of the self-attention, then of the feed-forward, (6, B, 1, D), from
@@ -701,6 +729,7 @@ class LocalDiTBlock(nn.Module):
         attended = self.attn1(y, windows, rotary)
         # The published attention adds its own input: weights depend on it.
         x = torch.addcmul(x, attn_gate, attended + y if self.attention_residual else attended)
+        del attended, y  # make room
 
         text = encoder_hidden_states
         captions = len(text) if isinstance(text, Tensor) else len(text[0])
@@ -708,9 +737,7 @@ class LocalDiTBlock(nn.Module):
             x = x.repeat(captions // len(x), 1, 1)
         x = x + self.attn2(x, encoder_hidden_states, encoder_attention_mask)
 
-        y = modulated_norm(self.norm2, x, ff_shift, ff_scale)
-        x = torch.addcmul(x, ff_gate, self.ff(y))
-        return x
+        return torch.addcmul(x, ff_gate, self.ff(x, self.norm2, ff_shift, ff_scale))
 
 
 # --- Model --------------------------------------------------------------------------------------------------

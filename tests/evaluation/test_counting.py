@@ -125,7 +125,7 @@ def per_block(side: int, global_context: bool, what: Callable[[Count], int], *dt
 
 # Lowered with every improvement, never raised: kernels and U per block (mean of the shifts), the peak in U,
 # and kernels outside the blocks.
-RECORDS = {LOCAL: (31, 84.2, 11.1, 8), GLOBAL: (79, 117.5, 12.1, 8)}
+RECORDS = {LOCAL: (31, 84.2, 7.1, 8), GLOBAL: (79, 117.5, 9.1, 8)}
 
 
 @pytest.mark.parametrize("global_context", [LOCAL, GLOBAL])
