@@ -25,7 +25,7 @@ types: install
 
 check: lint types test ## Everything that a commit has to pass: ruff, mypy, the tests
 
-reliability: install ## Measure what docs/reliability.md promises, and write its figures (an hour or so)
+reliability: install ## Measure what docs/reliability.md promises, and write its figures (a quarter of an hour on two cores)
 	$(RUN) tests.reliability --out docs/reliability.md
 
 format: install ## Put right what can be put right by itself

@@ -15,6 +15,8 @@ as not holding.
 """
 
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -76,3 +78,11 @@ def all_experiments() -> list[Experiment]:
         if not module.name.startswith(("test_", "__")):
             import_module(f"{__name__}.{module.name}")
     return sorted(_found, key=lambda one: int(one.id[1:]))
+
+
+def measure(one: Experiment) -> tuple[Experiment, Outcome, float]:
+    """Run one at full size: with what it came to and how many seconds it took."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = one.run(Path(folder), one.full)
+    return one, outcome, time.monotonic() - started

@@ -182,6 +182,7 @@ def command_of(command: str, folder: Path, config: Config | EncodeConfig) -> NoR
     path = folder / f"{command}.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it ends with the process)
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # for `wait_until_heard`
     sys.exit(main([command, str(path)]))
 
 
@@ -193,8 +194,10 @@ def terminate(twice: bool) -> None:
 
 
 def wait_until_heard() -> None:
-    """Signals that come at once count as one."""
+    """Signals that come at once count as one. A main thread that goes to sleep as a signal comes hears of it
+    when it wakes: here it may wait for the very thread that waits for it, so it is woken."""
     while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.001)
 
 

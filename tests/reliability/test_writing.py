@@ -26,14 +26,15 @@ def test_a_row_takes_its_place_and_replaces_its_older_self():
         ("R10", "c", 4),
         ("R10", "b", 3),
         ("R2", "a", 5),
+        ("R10", "c", 2),
     ):
         document = with_row(document, entry(id, claim), Outcome(5, passed, "a|\nb"))
     assert document.startswith(f"before\n\n{BEGIN}\n")
     assert document.endswith(f"{END}\n\nafter | R1 | not a row\n")
     assert [line for line in document.splitlines() if line.startswith("| R")] == [
         r"| R2 | a | 5 of 5 | a\| b |",
-        r"| R10 | c | **does not hold**: 4 of 5 | a\| b |",
         r"| R10 | b | **does not hold**: 3 of 5 | a\| b |",
+        r"| R10 | c | **does not hold**: 2 of 5 | a\| b |",
     ]
     assert document.count("Measured last with Python") == 1
 
