@@ -653,6 +653,30 @@ def test_benchmark_streaming_prints_a_table_or_json(monkeypatch, capsys):
     assert [line["case"]["size"] for line in lines] == list(streaming.SIZES)
     assert {line["case"]["dtype"] for line in lines} == {"bfloat16"}
 
+    both = ["--models", "local", "global", "--size", "64", "--out", "out"]
+    assert cli.main(["benchmark", "--streaming", *both]) == 0
+    printed = capsys.readouterr().out
+    assert Path("out/streaming.md").read_text() == printed
+    assert [row.split(" | ")[3] for row in printed.splitlines()[2:]] == ["without", "with"]
+    assert len(json.loads(Path("out/streaming.json").read_text())) == 2
+    assert Path("out/streaming.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--streaming", "--pairs", "3"], "--pairs has no meaning with --streaming"),
+        (["--streaming", "--guidance", "on"], "--guidance has no meaning with --streaming"),
+        (["--streaming", "--models", "pixart-sigma"], "--models must be local or global with --streaming"),
+        (["--masking", "--models", "local"], "--models has no meaning with --masking"),
+        (["--masking", "--out", "out"], "--out has no meaning with --masking"),
+        (["--masking", "--streaming"], "--streaming has no meaning with --masking"),
+    ],
+)
+def test_benchmark_refuses_what_a_mode_would_ignore(args, message, capsys):
+    assert cli.main(["benchmark", *args]) == 2
+    assert message in capsys.readouterr().err
+
 
 def test_benchmark_prints_tables_or_json_and_writes_files(monkeypatch, capsys, folder):
     about = {"device": "cpu", "dtype": "float32", "size": 64, "batch": 2, "threads": 1, "pairs": 3}

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ from localdit.cli.common import Parser
 from localdit.cli.models import columns, markdown
 from localdit.files import staged_file
 from localdit.pictures import DTYPES
+from localdit.plots import check_plots
 
 if TYPE_CHECKING:
-    from localdit.evaluation import masking, speed
+    from localdit.evaluation import masking, speed, streaming
     from localdit.evaluation.timing import Setup
 
 
@@ -87,16 +89,49 @@ def add(commands: Any) -> Parser:
         help="checkout of the published LocalDiT, for the models published and published-global: its\n"
         "attention is loaded and run, so let it be one that you trust",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for speed.json, speed.md and speed.png")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for speed.json, speed.md and speed.png; with --streaming streaming.json and so on",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each result")
     parser.set_defaults(run=run)
     return parser
+
+
+# What says nothing to a mode, and its default.
+_UNUSED: dict[str, dict[str, Any]] = {
+    "masking": {
+        "streaming": False,
+        "models": None,
+        "guidance": ["off"],
+        "limit": None,
+        "reference": None,
+        "out": None,
+    },
+    "streaming": {
+        "masking": False,
+        "pairs": 8,
+        "batch": [1],
+        "guidance": ["off"],
+        "cpu_time": False,
+        "limit": None,
+        "reference": None,
+    },
+}
 
 
 def run(args: argparse.Namespace) -> None:
     from localdit.evaluation.timing import Setup
 
     setup = Setup(args.pairs, args.dtype, args.threads, args.device, args.cpu_time)
+    for mode, unused in _UNUSED.items():
+        for name, default in unused.items():
+            if getattr(args, mode) and getattr(args, name) != default:
+                raise ValueError(f"--{name.replace('_', '-')} has no meaning with --{mode}; leave it away")
+    if args.out is not None:
+        check_plots()
     if args.masking:
         _run_masking(args, setup)
     elif args.streaming:
@@ -133,33 +168,48 @@ def _tables(found: "list[speed.Result]", table: Any) -> str:
 def _write(folder: Path, results: "list[speed.Result]") -> None:
     from localdit.evaluation.speed_report import comparisons, draw
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with staged_file(folder / "speed.json") as path:
+    text = "\n".join(_tables(found, markdown) for found in comparisons(results))
+    _write_files(folder / "speed", results, text, draw)
+
+
+def _write_files(
+    stem: Path, results: "Sequence[speed.Result | streaming.Result]", text: str, draw: Any
+) -> None:
+    """The results as JSON, a text in Markdown, and a plot."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(stem.with_suffix(".json")) as path:
         path.write_text(
             json.dumps([dataclasses.asdict(found) for found in results], indent=1), encoding="utf-8"
         )
-    with staged_file(folder / "speed.md") as path:
-        path.write_text(
-            "\n".join(_tables(found, markdown) for found in comparisons(results)), encoding="utf-8"
-        )
-    with staged_file(folder / "speed.png") as path:
+    with staged_file(stem.with_suffix(".md")) as path:
+        path.write_text(text, encoding="utf-8")
+    with staged_file(stem.with_suffix(".png")) as path:
         draw(results, path)
 
 
 def _run_streaming(args: argparse.Namespace) -> None:
     from localdit.evaluation import streaming
 
+    names = args.models or ["global"]
+    if unknown := set(names) - {"local", "global"}:
+        raise ValueError(
+            f"--models must be local or global with --streaming, got {', '.join(sorted(unknown))}"
+        )
+    about = {"dtype": args.dtype, "device": args.device or "cpu", "threads": args.threads}
     cases = [
-        streaming.Case(size, dtype=args.dtype, device=args.device or "cpu", threads=args.threads)
+        streaming.Case(size, global_context=name == "global", **about)
+        for name in names
         for size in args.size or streaming.SIZES
     ]
+    if not args.json:
+        print(streaming.HEAD, flush=True)
     results = []
     for result in streaming.benchmark(cases):
         results.append(result)
-        if args.json:
-            print(json.dumps(dataclasses.asdict(result)), flush=True)
-    if not args.json:
-        print(streaming.table(results))
+        print(json.dumps(dataclasses.asdict(result)) if args.json else streaming.row(result), flush=True)
+        if args.out is not None:  # what there is, should the next take too long
+            text = "\n".join((streaming.HEAD, *map(streaming.row, results), ""))
+            _write_files(args.out / "streaming", results, text, streaming.draw)
 
 
 def _run_masking(args: argparse.Namespace, setup: "Setup") -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from localdit.cli.common import Parser
+from localdit.plots import check_plots
 
 
 def add(commands: Any) -> Parser:
@@ -56,12 +57,7 @@ def add(commands: Any) -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, and write the list and the picture."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "the picture needs matplotlib, of the extra 'train': pip install 'localdit[train]'"
-        ) from error
+    check_plots()
     if args.max_length < 1:
         raise ValueError(f"--max-length must be at least 1, got {args.max_length}")
     spec = args.source

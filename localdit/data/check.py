@@ -17,6 +17,7 @@ from tqdm import tqdm
 from localdit.data.buckets import bucket_sizes, fit, nearest_buckets
 from localdit.data.images import BadSample, decode_image
 from localdit.data.sources import Bad, Source
+from localdit.plots import new_figure
 
 _CHUNK = 512  # samples that are looked at together
 _SHOWN = 8  # pictures in the picture
@@ -196,9 +197,7 @@ def _bucket_lines(facts: dict[str, Any]) -> list[str]:
 
 def draw(report: Report, source: Source, title: str, path: Path) -> None:
     """A PNG: histograms of ratios, sizes and caption lengths, and some pictures as training sees them."""
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(14, 8), layout="constrained")
+    figure = new_figure(14, 8)
     figure.suptitle(
         f"{title}: {len(report.sizes):,} pictures, {len(report.bad):,} bad", parse_math=False, fontsize=14
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from localdit.evaluation.speed import Result
 from localdit.evaluation.timing import Spread
+from localdit.plots import new_figure
 
 BAR, SPAN = "#4c72b0", "#202020"
 PEER = "#a0a0a0"
@@ -88,16 +89,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, of the extra 'train': pip install 'localdit[train]'"
-        ) from error
-
     panels = comparisons([found for found in results if not found.error])
     heights = [1 + 0.28 * len(panel) for panel in panels]
-    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    figure = new_figure(8, sum(heights))
     for axes, panel in zip(
         figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0], panels
     ):

@@ -20,6 +20,7 @@ import torch
 from localdit.evaluation.contestants import LOCAL_DIT_BLOCKS, WIDTH
 from localdit.evaluation.timing import DTYPES, draw_weights
 from localdit.models.local_dit import LocalDiTTransformer2DModel
+from localdit.plots import new_figure
 
 TEXT_TOKENS = 120
 SIZES = (512, 1024, 2048, 4096, 8192)
@@ -127,26 +128,54 @@ def _resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def table(results: Sequence[Result]) -> str:
-    """The results in Markdown, a line each; the peak is above the weights."""
-    names = ("px", "tokens", "blocks", "global context", "dtype", "band", "peak", "seconds", "CPU seconds")
-    head = f"| {' | '.join(names)} |"
-    lines = [head, "|" + " --- |" * len(names)]
-    for result in results:
-        case = result.case
-        cells = (
-            case.size,
-            f"{result.tokens:,}",
-            case.blocks,
-            "with" if case.global_context else "without",
-            case.dtype,
-            "whole" if case.max_tokens is None else f"{case.max_tokens:,}",
-            f"{result.peak_bytes / 1e9:.2f} GB",
-            f"{result.seconds:.1f}",
-            f"{result.cpu_seconds:.1f}",
-        )
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+_COLUMNS = ("px", "tokens", "blocks", "global context", "dtype", "band", "peak", "seconds", "CPU seconds")
+HEAD = f"| {' | '.join(_COLUMNS)} |\n|" + " --- |" * len(_COLUMNS)  # of a table in Markdown
+
+
+def row(result: Result) -> str:
+    """A result as a line of the table; the peak is above the weights."""
+    case = result.case
+    cells = (
+        case.size,
+        f"{result.tokens:,}",
+        case.blocks,
+        "with" if case.global_context else "without",
+        case.dtype,
+        "whole" if case.max_tokens is None else f"{case.max_tokens:,}",
+        f"{result.peak_bytes / 1e9:.2f} GB",
+        f"{result.seconds:.1f}",
+        f"{result.cpu_seconds:.1f}",
+    )
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Write a PNG with two panels: peak memory and time against the side of the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = new_figure(9, 3.6)
+    memory, time_taken = figure.subplots(1, 2)
+    cases = {dataclasses.replace(result.case, size=16) for result in results}
+    for case in sorted(cases, key=lambda case: case.global_context):
+        line = [result for result in results if dataclasses.replace(result.case, size=16) == case]
+        context = "with" if case.global_context else "without"
+        label = f"{case.blocks} blocks, {context} global context, {case.dtype}"
+        sides = [result.case.size for result in line]
+        memory.plot(sides, [result.peak_bytes / 1e9 for result in line], marker="o", label=label)
+        time_taken.plot(sides, [result.seconds for result in line], marker="o")
+    memory.set_title("GB above the weights, at most", fontsize=10, loc="left")
+    time_taken.set_title("seconds of a step", fontsize=10, loc="left")
+    memory.legend(fontsize=8)
+    sides = sorted({result.case.size for result in results})
+    for axes in (memory, time_taken):
+        axes.set(xscale="log", yscale="log", xlabel="side of the picture in pixels")
+        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3, linewidth=0.5)
+    figure.savefig(path, format="png", dpi=150)
 
 
 if __name__ == "__main__":

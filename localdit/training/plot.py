@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from localdit.plots import new_figure
+
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's log, in their order.
@@ -43,17 +45,10 @@ def plot_runs(runs: Sequence[Path], out: Path, *, smoothing: int = 10) -> None:
     if smoothing < 1:
         raise ValueError(f"smoothing must be at least 1, got {smoothing}")
     logs = [read_log(run) for run in runs]
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, of the extra 'train': pip install 'localdit[train]'"
-        ) from error
-
     titles = {"loss": "training loss", "gradient_norm": "gradient norm", "learning_rate": "learning rate"}
     has_validation = any("validation_loss" in line for log in logs for line in log)
     panels = ["loss", *(["validation_loss"] if has_validation else []), "gradient_norm", "learning_rate"]
-    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    figure = new_figure(5.2 * len(panels), 3.8)
     for number, name in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
         for run, log in zip(runs, logs):

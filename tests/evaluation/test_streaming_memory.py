@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from localdit.evaluation import streaming
-from localdit.evaluation.streaming import Case, Result, benchmark, measure, table
+from localdit.evaluation.streaming import HEAD, Case, Result, benchmark, draw, measure, row
 
 TOY = {"num_attention_heads": 2, "attention_head_dim": 12, "caption_channels": 16}
 
@@ -39,14 +40,24 @@ def test_a_case_that_cannot_be_measured_is_refused(fields, message):
         Case(**{"size": 512} | fields)
 
 
-def test_the_table_has_a_line_for_each_result():
+def test_a_line_of_the_table_says_what_was_measured():
     case = Case(size=8192, dtype="bfloat16")
     whole = replace(case, size=512, max_tokens=None, global_context=False)
     results = [
         Result(case, 262_144, 10**9, 2_040_000_000, 571.6, 67.6),
         Result(whole, 1024, 1, 10**8, 1.0, 0.5),
     ]
-    head, rule, banded, plain = table(results).splitlines()
+    head, rule = HEAD.splitlines()
+    banded, plain = map(row, results)
     assert head.count("|") == rule.count("|") == banded.count("|")
     assert banded == "| 8192 | 262,144 | 18 | with | bfloat16 | 8,192 | 2.04 GB | 571.6 | 67.6 |"
     assert plain == "| 512 | 1,024 | 18 | without | bfloat16 | whole | 0.10 GB | 1.0 | 0.5 |"
+
+
+def test_the_plot_has_a_line_for_each_model_and_a_point_for_each_size(tmp_path):
+    case, taken = Case(size=512), (1024, 10**9, 10**8, 1.0, 0.5)
+    results = [Result(replace(case, size=size), *taken) for size in (512, 1024)]
+    draw([*results, Result(replace(case, global_context=False), *taken)], tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        shades = {shade for _, shade in picture.convert("RGB").getcolors(2**24)}
+    assert {(31, 119, 180), (255, 127, 14)} <= shades  # matplotlib's first two colours
