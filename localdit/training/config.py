@@ -59,6 +59,8 @@ class TrainConfig:
     ema_decay: float = 0.9999  # 0 averages nothing
     ema_start: int = 0  # steps before the average begins; until then it is the weights themselves
     seed: int = 0
+    resample: bool = False  # draw each sample from all, with replacement; else in passes, as often as others
+    shard_window: int = 8  # shards whose samples are mixed with each other, if the data lies in shards
     num_workers: int = 0  # of the data loader, in each process
     num_threads: int | None = None  # of PyTorch on the CPU; None leaves its default
     max_bad_fraction: float = 0.01  # of the samples seen, that may turn out unusable
@@ -79,6 +81,7 @@ class TrainConfig:
             "max_steps",
             "batch_size",
             "gradient_accumulation",
+            "shard_window",
             "log_every",
             "save_every",
             "keep_checkpoints",

@@ -33,7 +33,7 @@ from localdit.training.config import Config, LoraConfig, TrainConfig
 from localdit.training.journal import Journal
 from localdit.training.objectives import build_objective
 from localdit.training.optimizers import build_optimizer
-from localdit.training.order import Draws, Order, ProcessBatches
+from localdit.training.order import Draws, Order, ProcessBatches, Resampled
 from localdit.training.state import capture, restore, trained
 from localdit.training.stopping import Stopped, stop_request
 from localdit.training.throughput import Throughput
@@ -103,7 +103,8 @@ def train(config: Config, resume: str = "auto") -> Path:
             logger.info(f"goes on from {checkpoint}")
 
         batch_size = options.batch_size * world * options.gradient_accumulation
-        order = Order(data.groups, len(data), batch_size, options.seed, data.shards)
+        kind: type[Order | Resampled] = Resampled if options.resample else Order
+        order = kind(data.groups, len(data), batch_size, options.seed, data.shards, options.shard_window)
         steps = range(start, options.max_steps)
         batches: Any = DataLoader(
             Items(data),

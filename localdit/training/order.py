@@ -46,8 +46,7 @@ class Order:
         shards: NDArray[np.integer] | None = None,
         window: int = 8,
     ):
-        if count < 1:
-            raise ValueError("the training set is empty")
+        _refuse_empty(count)
         self.batch, self.seed, self.shards, self.window = batch, seed, shards, window
         if groups is None:
             self.members = [np.arange(count)]
@@ -101,6 +100,66 @@ class Order:
         return shuffled[np.argsort(rank[self.shards[shuffled]] // self.window, kind="stable")]
 
 
+class Resampled:
+    """An endless order in which every sample of a batch is drawn anew from all, with replacement.
+
+    A batch's group is drawn by the number of its samples. So every sample is as likely as any other, whatever
+    its group and its shard.
+
+    Args:
+        groups, count, batch, seed: As of `Order`.
+        shards: The shard that holds each sample, (n,). Where given, `window` shards are drawn, by the number
+            of their samples; batches come from these until as many samples were taken as they hold on
+            average, then others are drawn. Only a group of which they hold less than a batch comes from all.
+        window: In shards.
+
+    Raises:
+        ValueError: There is no sample.
+    """
+
+    def __init__(
+        self,
+        groups: NDArray[np.integer] | None,
+        count: int,
+        batch: int,
+        seed: int,
+        shards: NDArray[np.integer] | None = None,
+        window: int = 8,
+    ):
+        _refuse_empty(count)
+        self.batch, self.seed, self.window = batch, seed, window
+        group, shard = (
+            np.zeros(count, dtype=np.int64) if of is None else np.unique(of, return_inverse=True)[1]
+            for of in (groups, shards)
+        )
+        self.order = np.lexsort((group, shard))  # by shard, and in each by group
+        sizes = shard.max() + 1, group.max() + 1
+        self.counts = np.bincount(shard * sizes[1] + group, minlength=sizes[0] * sizes[1]).reshape(sizes)
+        self.starts = (self.counts.cumsum() - self.counts.ravel()).reshape(sizes)  # in the order
+        self.ends = self.counts.sum(1).cumsum()  # of the shards, in the order
+        self.rare = window * self.counts.mean(0) < batch  # of each group: a window holds less than a batch
+        self.samples_of_window = max(1, window * count // sizes[0])
+
+    def step(self, step: int) -> list[tuple[int, int]]:
+        """The samples of an optimizer step, from 0: (index, position) of each."""
+        random, first = _random(self.seed, step, 1), step * self.batch
+        window = self._window(first // self.samples_of_window)
+        held = self.counts[window]
+        odds = held / held.sum(1, keepdims=True)  # of each group in each shard of the window
+        group = random.choice(odds.shape[1], p=odds.mean(0))
+        shards, likely = window, odds[:, group]
+        if self.rare[group]:
+            shards, likely = np.arange(len(self.counts)), self.counts[:, group]
+        drawn = random.choice(shards, self.batch, p=likely / likely.sum())
+        places = self.starts[drawn, group] + random.integers(self.counts[drawn, group])
+        return [(int(index), first + j) for j, index in enumerate(self.order[places])]
+
+    def _window(self, number: int) -> NDArray[np.integer]:
+        """The shards of a window, from 0; a large one may be there more than once."""
+        places = _random(self.seed, number, 2).integers(len(self.order), size=self.window)
+        return np.searchsorted(self.ends, places, side="right")
+
+
 class ProcessBatches(Sampler[list[tuple[int, int]]]):
     """The micro-batches of one process, for a data loader: lists of (index, position).
 
@@ -111,7 +170,7 @@ class ProcessBatches(Sampler[list[tuple[int, int]]]):
         rank, world: This process, and how many there are.
     """
 
-    def __init__(self, order: Order, steps: range, size: int, rank: int, world: int):
+    def __init__(self, order: Order | Resampled, steps: range, size: int, rank: int, world: int):
         self.order, self.steps, self.size, self.rank, self.world = order, steps, size, rank, world
 
     def __len__(self) -> int:
@@ -154,6 +213,11 @@ class Draws:
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), (B, *shape)."""
         return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def _refuse_empty(count: int) -> None:
+    if count < 1:
+        raise ValueError("the training set is empty")
 
 
 def _random(*words: int) -> np.random.Generator:

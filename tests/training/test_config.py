@@ -50,6 +50,8 @@ def test_the_command_line_overrides_single_values(write):
             ["train.schedule=sometimes"],
             "train.schedule must be one of constant, linear, cosine, cosine_with_restarts, polynomial, got",
         ),
+        (["train.shard_window=0"], "train.shard_window must be at least 1, got 0"),
+        (["train.resample=1"], "train.resample must be bool, got 1"),
         (["train.betas=[0.9]"], "train.betas must be a list of 2, got [0.9]"),
         (["nonsense"], "an override must be section.key=value, got 'nonsense'"),
         (["a.b=1"], "unknown section 'a'"),

@@ -137,6 +137,7 @@ def test_a_tracker_gets_what_the_log_gets(frozen, tmp_path):
         {"optimizer": "muon", "num_workers": 2, "parameter_groups": (ParameterGroup("bias", 0.5),)},
         {"optimizer": "schedule_free_adamw", "mixed_precision": "bf16"},
         {"optimizer": "adamw8bit", "gradient_checkpointing": True},
+        {"resample": True, "num_workers": 2},
     ],
     ids=lambda options: options.get("optimizer", "adamw"),
 )

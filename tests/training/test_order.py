@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from localdit.training.order import Draws, Order, ProcessBatches
+from localdit.training.order import Draws, Order, ProcessBatches, Resampled
 
 
 @pytest.fixture
@@ -62,8 +62,9 @@ def test_groups_alternate_instead_of_coming_one_after_the_other(groups):
 @pytest.mark.parametrize(
     ("world", "size", "accumulation"), [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)]
 )
-def test_processes_and_accumulation_share_the_samples_of_a_step(groups, world, size, accumulation):
-    order = Order(groups, len(groups), batch=8, seed=5)
+@pytest.mark.parametrize("kind", [Order, Resampled])
+def test_processes_and_accumulation_share_the_samples_of_a_step(groups, kind, world, size, accumulation):
+    order = kind(groups, len(groups), batch=8, seed=5, shards=np.arange(103) // 9)
     steps = range(3, 9)
     ranks = [list(ProcessBatches(order, steps, size, rank, world)) for rank in range(world)]
     assert all(len(batches) == len(ProcessBatches(order, steps, size, 0, world)) for batches in ranks)
@@ -85,9 +86,51 @@ def test_with_shards_few_of_them_are_open_at_a_time():
     ]
 
 
-def test_an_empty_set_is_an_error():
+def test_resampling_draws_every_sample_as_often_as_any_other_but_not_in_passes(groups):
+    """Over groups and shards of unequal sizes, where shards differ in what groups they hold."""
+    shards = np.sort(np.random.default_rng().integers(0, 9, size=103)) ** 2
+    groups = np.sort(groups)[np.argsort(shards % 5)]
+    for given in (None, shards):
+        order = Resampled(groups, 103, batch=4, seed=7, shards=given, window=3)
+        seen = indices(order, 2_000)
+        counts = np.bincount(seen, minlength=103) / (2_000 * 4 / 103)
+        assert counts.min() > 0.3
+        assert counts.std() < 0.3
+        assert 20 < len(set(seen[:103])) < 90  # of independent draws, 1 - 1/e of the samples
+
+
+def test_a_resampled_step_is_a_function_of_the_seed_and_its_number(groups):
+    options = {"count": 103, "batch": 8, "shards": np.arange(103) // 9}
+    order = Resampled(groups, seed=5, **options)
+    steps = [order.step(step) for step in range(40)]
+    assert [Resampled(groups, seed=5, **options).step(step) for step in reversed(range(40))] == steps[::-1]
+    assert indices(Resampled(groups, seed=6, **options), 40) != indices(order, 40)
+    assert len({tuple(index for index, _ in step) for step in steps}) == 40
+    assert [position for step in steps for _, position in step] == list(range(320))
+    assert all(len({int(groups[index]) for index, _ in step}) == 1 for step in steps)
+
+
+def test_resampling_too_keeps_few_shards_open_at_a_time():
+    shards, groups = np.repeat(np.arange(40), 25), np.random.default_rng().integers(0, 4, size=1000)
+    order = Resampled(groups, 1000, batch=10, seed=0, shards=shards, window=4)
+    windows = [{int(shards[i]) for i in indices(order, 100)[at : at + 100]} for at in range(0, 1000, 100)]
+    assert all(len(window) <= 4 for window in windows)
+    assert len(set.union(*windows)) > 20
+
+
+def test_a_batch_of_a_rare_group_is_not_made_of_the_few_that_a_window_holds():
+    groups = np.zeros(1000, dtype=int)
+    groups[::20] = 1  # one in each of 50 shards
+    order = Resampled(groups, 1000, batch=20, seed=0, shards=np.arange(1000) // 20, window=4)
+    rare = [step for step in map(order.step, range(400)) if groups[step[0][0]]]
+    assert 5 < len(rare) < 40
+    assert all(len({index for index, _ in step}) > 10 for step in rare)
+
+
+@pytest.mark.parametrize("kind", [Order, Resampled])
+def test_an_empty_set_is_an_error(kind):
     with pytest.raises(ValueError, match="the training set is empty"):
-        Order(None, 0, batch=1, seed=0)
+        kind(None, 0, batch=1, seed=0)
 
 
 def test_a_sample_draws_the_same_numbers_in_any_company():
