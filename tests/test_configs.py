@@ -103,6 +103,14 @@ def test_the_stages_of_the_published_training_follow_each_other_on_one_grid():
     assert stages[-1].train.batch_size == 12
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "ledit").glob("*_*.yaml")), ids=lambda path: path.stem)
+def test_a_run_on_imagenet_mixes_its_whole_cache_which_is_sorted_by_class(path):
+    run = load_config(path)
+    if "imagenet" in str(run.objective["data"]["source"]):
+        per_shard = load_config(CONFIGS / "ledit/encode.yaml", kind=EncodeConfig).samples_per_shard
+        assert run.train.shard_window > 1_281_167 / per_shard
+
+
 def test_the_stages_of_sparse_dit_are_the_published_ones():
     stages = [load_config(CONFIGS / f"sparse_dit/{name}.yaml") for name in SPARSE_STAGES]
     assert stages[0].init_from is None
