@@ -1,7 +1,7 @@
 """What a run tells: a line of JSON every few steps, trackers, a progress bar, previews, unusable samples."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
@@ -18,6 +20,14 @@ from localdit.files import staged_file
 from localdit.training.config import Config
 
 logger = logging.get_logger(__name__)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ImportError for a tracker that is not installed, which accelerate would go on without."""
+    there = {str(tracker) for tracker in (*get_available_trackers(), LoggerType.ALL)}
+    for name in names:
+        if name in map(str, LoggerType) and name not in there:
+            raise ImportError(f"train.log_with names {name}, which is not installed: pip install {name}")
 
 
 class Journal:

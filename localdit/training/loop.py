@@ -30,7 +30,7 @@ from localdit.training import text_encoder
 from localdit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from localdit.training.classes import find_class
 from localdit.training.config import Config, LoraConfig, TrainConfig
-from localdit.training.journal import Journal
+from localdit.training.journal import Journal, check_trackers
 from localdit.training.objectives import build_objective
 from localdit.training.optimizers import build_optimizer
 from localdit.training.order import Draws, Order, ProcessBatches, Resampled
@@ -56,11 +56,13 @@ def train(config: Config, resume: str = "auto") -> Path:
         Stopped: SIGTERM or Ctrl-C came; the work up to the step just taken is in a checkpoint.
         FloatingPointError: The gradients of too many steps in a row were not finite.
         ValueError: Too many samples are unusable, or a value of the configuration is wrong.
+        ImportError: A tracker or the optimizer is not installed.
         BlockingIOError: Another process trains in this folder.
     """
     options, run = config.train, Path(config.output_dir)
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
+    check_trackers(options.log_with)
     data_parallel = DistributedDataParallelKwargs()
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,

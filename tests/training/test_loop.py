@@ -130,6 +130,15 @@ def test_a_tracker_gets_what_the_log_gets(frozen, tmp_path):
         assert logged == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
 
 
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(
+    frozen, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("localdit.training.journal.get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match=r"train\.log_with names trackio, .* pip install trackio"):
+        train(denoising(tmp_path / "run", frozen, log_with=("trackio",)))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [
