@@ -34,6 +34,14 @@ class LoraConfig:
         "to_out.0",
     )  # names of linear layers, or ends of
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
+        if self.alpha == 0:
+            raise ValueError("lora.alpha must be above 0, got 0: the update would count nothing")
+        if self.dropout >= 1:
+            raise ValueError(f"lora.dropout must be below 1, got {self.dropout}")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
