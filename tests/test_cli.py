@@ -428,6 +428,15 @@ def test_train_takes_values_in_place_of_the_files(monkeypatch, capsys):
     [(config, resume)] = seen
     assert (config.train.max_steps, config.train.batch_size, resume) == (3, 2, "never")
 
+    behind = ["run.yaml", "train.max_steps=3", "--resume", "never", "train.batch_size=1"]
+    assert cli.main(["train", *behind]) == 0
+    assert seen[-1][0].train.batch_size == 1
+    with pytest.raises(SystemExit):
+        cli.main(["train", *behind, "--resum", "auto"])
+    assert "unrecognized arguments: --resum auto" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert "required: CONFIG (see" in capsys.readouterr().err
     assert cli.main(["train", "run.yaml", "train.steps=3"]) == 2
     assert "train.steps" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ What a program wants to read goes to stdout (paths, or JSON lines), what a perso
 PyTorch and what else is slow to import is left to the command that needs it, once its arguments are checked.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command that saves its work when it is told to stop has done so.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # Of KEY=VALUE ... argparse takes one row, and leaves those that stand behind an option.
+    behind = [word for word in rest if "overrides" in args and re.match(r"\w[^=]*=", word)]
+    if unknown := [word for word in rest if word not in behind]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if behind:
+        args.overrides = args.overrides + behind
     if args.command is None:
         parser.print_help()
         return 0

@@ -20,7 +20,9 @@ def add(commands: Any) -> Parser:
         "  localdit encode configs/local_dit/encode.yaml --engine ray            (several machines)",
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values in place of the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="values in place of the file's"
+    )
     parser.add_argument(
         "--engine",
         choices=("accelerate", "ray"),

@@ -18,7 +18,9 @@ def add(commands: Any) -> Parser:
         "  accelerate launch -m localdit.cli train configs/local_dit/mini.yaml        (several GPUs)",
     )
     parser.add_argument("config", metavar="CONFIG", help="the YAML file of a run")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values in place of the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="values in place of the file's"
+    )
     parser.add_argument(
         "--resume",
         default="auto",
