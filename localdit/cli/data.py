@@ -103,4 +103,4 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(facts))
         return
     print(table(facts))
-    print(f"\n{out / 'check.png'}\n{out / 'bad.jsonl'}")
+    print(f"\n{out / 'check.png'}\n{out / 'check.json'}\n{out / 'bad.jsonl'}")

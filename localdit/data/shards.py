@@ -26,6 +26,7 @@ from localdit.files import staged_file
 
 REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # of the sample, and which part of it a member is
+_EXIT = re.compile(r"exit -?\d+")  # in what webdataset says of a command
 _PICTURES = (*SUFFIXES, *OTHER_SUFFIXES)
 _BLOCK = 512  # bytes, of which a tar file is made
 # Bytes that a header may have, a long name included: some versions of tarfile take a time quadratic in them.
@@ -283,4 +284,7 @@ def _download(url: str, path: Path, limit: int) -> None:
                     raise OSError(f"is larger than the cache of {limit:,} bytes")
                 file.write(chunk)
     except OSError as error:
-        raise OSError(f"{url}: {error.strerror or error}") from None
+        reason = error.strerror or str(error)
+        if ended := _EXIT.search(reason):  # webdataset shows how it called Popen
+            reason = f"the command that fetches it (curl for a URL) ended with {ended[0]}"
+        raise OSError(f"{url}: {reason}") from None

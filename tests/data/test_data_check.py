@@ -186,7 +186,8 @@ def test_the_command_writes_table_list_and_picture(command, folder, source, tmp_
     out, err = command("pictures", "--resolution", "128")
     assert "22 pictures with 44 captions, 1 bad" in out
     assert err == ""
-    assert out.splitlines()[-2:] == ["data-check/check.png", "data-check/bad.jsonl"]
+    written = ["data-check/check.png", "data-check/check.json", "data-check/bad.jsonl"]
+    assert out.splitlines()[-3:] == written
     assert sorted(path.name for path in (tmp_path / "data-check").iterdir()) == [
         "bad.jsonl",
         "check.json",
