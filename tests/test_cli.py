@@ -632,12 +632,18 @@ def test_geneval_prompts_that_are_none_are_named(line, capsys):
 def test_two_processes_evaluate_as_one_does(model, folder):
     """Each makes every other picture; the first measures them all."""
     arguments = ["evaluate", "--scenes", "--count", "5", "--steps", "1", "--model", model, "--json", "--out"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "localdit.cli"]
-    one, two = (
-        subprocess.run([sys.executable, *how, *arguments, out], check=True, capture_output=True, text=True)
-        for how, out in ((["-m", "localdit.cli"], "one"), (launch, "two"))
-    )
+    options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = ["-m", "accelerate.commands.launch", *options, "--num_processes", "2", "-m", "localdit.cli"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def run(how: list[str], *last: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *how, *arguments, *last]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    one, two = run(["-m", "localdit.cli"], "one"), run(launch, "two")
     assert json.loads(one.stdout) == json.loads(two.stdout)
+    # With --cpu, accelerate would start one process alone.
+    assert "several processes" in run(launch, "three", "--device", "cpu").stderr
     for name in files(folder / "one/images"):
         assert (pixels(f"one/images/{name}") == pixels(f"two/images/{name}")).all()
 

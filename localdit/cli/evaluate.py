@@ -154,11 +154,13 @@ def run(args: argparse.Namespace) -> None:
     """Make the pictures, each process its share; measure them in the first process."""
     check(args)
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from localdit.files import locked
 
     # The others wait while the first process looks through what is there, and for the slowest to be done.
-    state = PartialState(timeout=timedelta(days=7))
+    # Unlike Accelerator, PartialState has to be told of the variable by which processes meet on a CPU.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
     device_name = args.device
     if state.num_processes > 1:
         if args.device or not args.out:
