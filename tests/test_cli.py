@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -434,6 +435,11 @@ def test_train_takes_values_in_place_of_the_files(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", *behind, "--resum", "auto"])
     assert "unrecognized arguments: --resum auto" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # one of several processes
+        patch.setattr("accelerate.PartialState", lambda: SimpleNamespace(is_main_process=False))
+        capsys.readouterr()
+        assert cli.main(["train", "run.yaml"]) == 0
+        assert capsys.readouterr().out == ""
     with pytest.raises(SystemExit):
         cli.main(["train"])
     assert "required: CONFIG (see" in capsys.readouterr().err

@@ -36,6 +36,10 @@ def run(args: argparse.Namespace) -> None:
     from localdit.training.config import load_config
 
     config = load_config(args.config, args.overrides)
+    from accelerate import PartialState
+
     from localdit.training import loop
 
-    print(loop.train(config, args.resume))
+    finished = loop.train(config, args.resume)
+    if PartialState().is_main_process:
+        print(finished)
