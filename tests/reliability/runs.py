@@ -18,11 +18,12 @@ from accelerate.state import AcceleratorState
 from localdit.training.autoencoder import Autoencoding
 from localdit.training.checkpoint import find_checkpoint, load_checkpoint
 from localdit.training.config import Config, TrainConfig
+from localdit.training.diffusion import Diffusion
 from localdit.training.loop import train
 from localdit.training.stopping import Stopped
 
 from . import Outcome, experiment
-from .toys import same
+from .toys import captioned, denoising_run, same, save_encoders
 
 STEPS, ACCUMULATION = 5, 2
 MODEL = {
@@ -66,15 +67,15 @@ def equal(one: tuple[Any, list[Any]], other: tuple[Any, list[Any]]) -> bool:
 
 
 @contextmanager
-def at_call(method: str, call: int, do: Any) -> Iterator[None]:
+def at_call(method: str, call: int, do: Any, objective: type = Autoencoding) -> Iterator[None]:
     """Do something when a method of the objective is called for the n-th time, from 1."""
-    original, calls = getattr(Autoencoding, method), iter(range(1, 10**9))
+    original, calls = getattr(objective, method), iter(range(1, 10**9))
 
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         return do(result) if next(calls) == call else result
 
-    with mock.patch.object(Autoencoding, method, called):
+    with mock.patch.object(objective, method, called):
         yield
 
 
@@ -118,28 +119,40 @@ def sigterm(folder: Path, trials: int) -> Outcome:
     "R5",
     "A run that stops at any step and goes on equals the unbroken one bit for bit: weights, average, "
     "moments, losses",
-    full=40,
+    full=42,
     small=2,
 )
 def resume(folder: Path, trials: int) -> Outcome:
-    """Over optimizers, data workers, precisions and accumulation; crops and noise are random, the stop is
-    amid an epoch."""
+    """Over objectives, optimizers, data workers, precisions and accumulation; crops, noise, timesteps and
+    which captions are dropped are random, the stop is amid an epoch."""
+    source = captioned(folder / "pictures", [(64, 64), (80, 72), (64, 96), (64, 64), (72, 64)])
+    encoders = save_encoders(folder / "encoders")
     kinds = [
         {"optimizer": "adamw"},
         {"optimizer": "adamw", "num_workers": 2, "mixed_precision": "bf16"},
         {"optimizer": "schedule_free_adamw"},
         {"optimizer": "adamw8bit", "gradient_accumulation": 1},
         {"optimizer": "adamw", "schedule": "cosine", "gradient_accumulation": 3},
+        {"optimizer": "muon", "denoising": True, "num_workers": 2},
+        {"optimizer": "adamw", "denoising": True, "gradient_accumulation": 2, "resample": True},
     ]
     passed, failed = 0, set()
     for trial in range(trials):
-        options = kinds[trial % len(kinds)]
-        whole = toy_run(folder / f"{trial}-whole", **options)
+        options = dict(kinds[trial % len(kinds)])
+        kind: type = Diffusion if options.pop("denoising", False) else Autoencoding
+        name = folder / f"{trial}-whole"
+        if kind is Autoencoding:
+            whole = toy_run(name, **options)
+        else:
+            with_dropout = {"caption_dropout": 0.5}
+            whole = denoising_run(
+                name, source, encoders, with_dropout, max_steps=STEPS, batch_size=2, **options
+            )
         finish(whole)
         parts = replace(whole, output_dir=str(folder / f"{trial}-parts"))
         stop = random.randint(1, STEPS - 1) * whole.train.gradient_accumulation
         try:
-            with at_call("loss", stop, terminate):
+            with at_call("loss", stop, terminate, kind):
                 finish(parts)
         except Stopped:
             finish(parts)
@@ -147,7 +160,10 @@ def resume(folder: Path, trials: int) -> Outcome:
             passed += 1
         else:
             failed.add(json.dumps(options))
-    names = "AdamW, schedule-free and 8-bit AdamW; 0 and 2 workers; float32 and bfloat16"
+    names = (
+        "an autoencoder and a transformer whose captions are dropped at random; AdamW, schedule-free and "
+        "8-bit AdamW, Muon; 0 and 2 workers; float32 and bfloat16"
+    )
     return Outcome(trials, passed, f"not: {', '.join(sorted(failed))}" if failed else names)
 
 
