@@ -127,7 +127,7 @@ def resume(folder: Path, trials: int) -> Outcome:
     which captions are dropped are random, the stop is amid an epoch."""
     source = captioned(folder / "pictures", [(64, 64), (80, 72), (64, 96), (64, 64), (72, 64)])
     encoders = save_encoders(folder / "encoders")
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"optimizer": "adamw"},
         {"optimizer": "adamw", "num_workers": 2, "mixed_precision": "bf16"},
         {"optimizer": "schedule_free_adamw"},
