@@ -7,13 +7,13 @@ take the steps that one would.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
@@ -34,6 +34,7 @@ from localdit.training.journal import Journal, check_trackers
 from localdit.training.objectives import build_objective
 from localdit.training.optimizers import build_optimizer
 from localdit.training.order import Draws, Order, ProcessBatches, Resampled
+from localdit.training.sharding import gathered, prepare
 from localdit.training.state import capture, restore, trained
 from localdit.training.stopping import Stopped, stop_request
 from localdit.training.throughput import Throughput
@@ -70,8 +71,8 @@ def train(config: Config, resume: str = "auto") -> Path:
         project_dir=run,
         kwargs_handlers=[data_parallel],
     )
-    if accelerator.is_fsdp2:
-        reduce_in_float32(accelerator.state.fsdp_plugin)
+    if accelerator.is_fsdp2 and options.optimizer == "adamw8bit":
+        raise ValueError("train.optimizer must be one that works with FSDP2, got 'adamw8bit'")
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(options.seed)
     objective = build_objective(config.objective)
@@ -85,7 +86,7 @@ def train(config: Config, resume: str = "auto") -> Path:
         optimizer = build_optimizer(bare_model, options)
         # Without being told, processes wait for the gradients of parameters that nothing reads.
         data_parallel.find_unused_parameters = getattr(bare_model, "has_unread_parameters", False)
-        model, optimizer = accelerator.prepare(bare_model, optimizer)
+        model, optimizer = prepare(accelerator, bare_model, optimizer)
         bare_model = accelerator.unwrap_model(model)
         parameters = trained(bare_model)
         ema = EMAModel(
@@ -126,10 +127,10 @@ def train(config: Config, resume: str = "auto") -> Path:
             """Validate and preview, where that is due after so many steps. A run that is stopped before or in
             this does it when it goes on."""
             if options.validate_every and done % options.validate_every == 0:
-                with averaged(bare_model, ema, optimizer):
+                with averaged(accelerator, bare_model, ema, optimizer):
                     journal.validation(done, objective.validate(bare_model, accelerator, stop))
             if options.preview_every and done % options.preview_every == 0:
-                with averaged(bare_model, ema, optimizer):
+                with averaged(accelerator, bare_model, ema, optimizer):
                     journal.preview(done, objective.preview(bare_model, stop))
 
         if checkpoint:
@@ -141,6 +142,10 @@ def train(config: Config, resume: str = "auto") -> Path:
                 group["lr"] = rate(step) * group["learning_rate_scale"]
             for accumulated in range(1, options.gradient_accumulation + 1):
                 batch, positions = usable(next(batches), data, journal)
+                # With nothing to learn from it goes along: others wait for it, under FSDP2 at every block.
+                weight = 1.0 if positions else 0.0
+                if not positions:
+                    batch, positions = stand_in(data)
                 draws = Draws(options.seed, positions, accelerator.device, step)
                 seed_dropout(options.seed, step, accumulated, rank)
                 last = accumulated == options.gradient_accumulation
@@ -149,10 +154,7 @@ def train(config: Config, resume: str = "auto") -> Path:
                     attention_kernels(accelerator),
                     throughput.count(shapes_of(batch), len(positions)),
                 ):
-                    if positions:
-                        loss = objective.loss(model, draws, **to_device(batch, accelerator.device))
-                    else:  # nothing was usable, but other processes wait for this one's gradients
-                        loss = torch.stack([0 * p.sum() for p in parameters.values()]).sum()
+                    loss = weight * objective.loss(model, draws, **to_device(batch, accelerator.device))
                     accelerator.backward(loss / options.gradient_accumulation)
                 journal.losses.append(loss.detach())
 
@@ -177,11 +179,12 @@ def train(config: Config, resume: str = "auto") -> Path:
                 look(done)
             stopping = stop.anywhere(accelerator)
             if done % options.save_every == 0 or done == options.max_steps or stopping:
-                tensors, values = capture(bare_model, ema, optimizer)
+                tensors, values = capture(bare_model, ema, optimizer, keep=accelerator.is_main_process)
                 if accelerator.is_main_process and not failing:
                     values |= {"samples": done * batch_size, "learning_rate": rate(step)}
                     values["config"] = asdict(config)
                     save_checkpoint(run, done, tensors, values, options.keep_checkpoints)
+                del tensors
                 accelerator.wait_for_everyone()
             if failing:
                 raise FloatingPointError(
@@ -191,10 +194,9 @@ def train(config: Config, resume: str = "auto") -> Path:
             if stopping:
                 raise Stopped(f"stopped after step {done}; the same command goes on from there")
 
-        with averaged(bare_model, ema, optimizer):
-            finished, _ = capture(bare_model, ema, optimizer)
+        with averaged(accelerator, bare_model, ema, optimizer):
             if accelerator.is_main_process:
-                export(config, objective, finished["model"], accelerator.device)
+                export(config, objective, trained(bare_model), accelerator.device)
             accelerator.wait_for_everyone()
     return run / "final"
 
@@ -278,7 +280,7 @@ def add_lora(model: Any, lora: LoraConfig) -> None:
     )
 
 
-def export(config: Config, objective: Any, weights: dict[str, Tensor], device: torch.device) -> None:
+def export(config: Config, objective: Any, weights: dict[str, nn.Parameter], device: torch.device) -> None:
     """Write the finished model, rebuilt whole from its weights, with a manifest."""
     model = starting_model(config)
     own = trained(model)
@@ -313,6 +315,18 @@ def usable(items: list[tuple[int, Any]], data: Samples, journal: Journal) -> tup
     return (data.collate([sample for _, sample in good]) if good else {}), [position for position, _ in good]
 
 
+def stand_in(data: Samples) -> tuple[dict[str, Any], list[int]]:
+    """The first sample that can be read, as a batch, and its position.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for index in range(len(data)):
+        with suppress(BadSample):
+            return data.collate([data[index, 0]]), [0]
+    raise ValueError("none of the samples is usable")
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -328,12 +342,6 @@ def attention_kernels(accelerator: Accelerator) -> AbstractContextManager[Any]:
     """On a CPU in 16 bits the flash kernel's backward pass takes ten times that of plain matrix products."""
     plain = accelerator.device.type == "cpu" and accelerator.mixed_precision != "no"
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
-
-
-def reduce_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Let FSDP2 add up the gradients of all processes in float32, where accelerate has it use 16 bits."""
-    if policy := plugin.mixed_precision_policy:
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
 def gradient_norm(accelerator: Accelerator, parameters: Iterable[nn.Parameter], maximum: float) -> float:
@@ -372,8 +380,8 @@ def set_mode(optimizer: Any, mode: str) -> None:
 
 
 @contextmanager
-def averaged(model: nn.Module, ema: EMAModel, optimizer: Any) -> Iterator[None]:
-    """The model with its averaged weights, the EMA's or a schedule-free optimizer's, for evaluation."""
+def averaged(accelerator: Accelerator, model: nn.Module, ema: EMAModel, optimizer: Any) -> Iterator[None]:
+    """The model, whole, with its averaged weights, the EMA's or a schedule-free optimizer's, to evaluate."""
     parameters, own = list(trained(model).values()), hasattr(optimizer.optimizer, "eval")
     if own:
         set_mode(optimizer, "eval")
@@ -382,7 +390,8 @@ def averaged(model: nn.Module, ema: EMAModel, optimizer: Any) -> Iterator[None]:
         ema.copy_to(parameters)
     model.eval()
     try:
-        yield
+        with gathered(accelerator, model):
+            yield
     finally:
         if own:
             set_mode(optimizer, "train")

@@ -19,9 +19,16 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def capture(
-    model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer
+    model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, *, keep: bool = True
 ) -> tuple[Tensors, dict[str, Any]]:
-    """The state of a run. Every process must call it: sharded tensors are gathered.
+    """The state of a run. Every process must call it: sharded tensors are gathered, one after the other, into
+    the machine's memory.
+
+    Args:
+        model: The model, of which what is trained is taken.
+        ema: Its average.
+        optimizer: Its optimizer.
+        keep: Whether this process is one that wants the tensors; otherwise those that are gathered are empty.
 
     Returns:
         tensors: "model" and "ema" (by parameter), "optimizer" (by "<key>.<parameter>").
@@ -32,12 +39,12 @@ def capture(
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                moments[f"{key}.{name}"] = _whole(value)
+                moments[f"{key}.{name}"] = _whole(value, keep)
             else:
                 scalars[f"{key}.{name}"] = value
     tensors = {
-        "model": {name: _whole(parameter) for name, parameter in named.items()},
-        "ema": {name: _whole(value) for name, value in zip(named, ema.shadow_params, strict=True)},
+        "model": {name: _whole(parameter, keep) for name, parameter in named.items()},
+        "ema": {name: _whole(value, keep) for name, value in zip(named, ema.shadow_params, strict=True)},
         "optimizer": moments,
     }
     groups = [
@@ -90,9 +97,12 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _whole(value: Tensor) -> Tensor:
+def _whole(value: Tensor, keep: bool) -> Tensor:
     value = value.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if keep else whole.new_empty(0)
 
 
 def _fill(target: Tensor, value: Tensor, name: str) -> None:

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 -m tests.reliability.worlds RUN.yaml ...
 
 trains runs one after the other, as `localdit train` does, and notes the samples in `seen-<process>.jsonl`.
+`tests/fsdp2_on_cpu.py` starts it under FSDP2.
 """
 
 import json
@@ -26,6 +27,7 @@ from localdit.training.loop import Items, train
 from . import Outcome, experiment
 from .toys import denoising_run, save_encoders
 
+ROOT = Path(__file__).parents[2]
 STEPS = 12
 TOLERANCE = 1e-6
 # Samples of a micro-batch in one process, micro-batches of a step there and with two processes.
@@ -40,7 +42,37 @@ BATCHES = [(4, 1, 1), (2, 2, 1), (2, 3, 3), (6, 1, 1), (2, 4, 2)]
     small=None,
 )
 def changing_worlds(folder: Path, trials: int) -> Outcome:
-    """A third of the steps each. The processes are CPU ones and speak by gloo."""
+    """The two processes have a copy of the model each."""
+    return change_worlds(
+        folder, trials, ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    )
+
+
+@experiment(
+    "R6",
+    "So does one whose two processes share the model under FSDP2, as `configs/accelerate/fsdp2.yaml` says",
+    full=len(BATCHES),
+    small=None,
+)
+def changing_shards(folder: Path, trials: int) -> Outcome:
+    """The two processes have half of each of the model's tensors."""
+    launch = [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configs" / "accelerate" / "fsdp2.yaml"),
+    ]
+    launch += ["--num_processes", "2", "--main_process_port", "0", str(ROOT / "tests" / "fsdp2_on_cpu.py")]
+    return change_worlds(folder, trials, launch)
+
+
+def change_worlds(folder: Path, trials: int, launch: Sequence[str]) -> Outcome:
+    """A third of the steps each. The processes are CPU ones and speak by gloo.
+
+    Args:
+        folder: An empty one.
+        trials: How many runs.
+        launch: The module that starts two processes, and what it is told before this module's name.
+    """
     encoders, runs = save_encoders(folder / "encoders"), []
     for trial in range(trials):
         size, accumulation, together = BATCHES[trial % len(BATCHES)]
@@ -60,7 +92,7 @@ def changing_worlds(folder: Path, trials: int) -> Outcome:
         per_process = size * accumulation // (2 * together)
         two = {"batch_size": per_process, "gradient_accumulation": together}
         runs.append((changing, until(changing, 2 * STEPS // 3, **two)))
-    train_in_two([config for _, config in runs], folder)
+    train_in_two([config for _, config in runs], folder, launch)
     passed, most = 0, 0.0
     for changing, _ in runs:
         train_noted(changing)
@@ -95,14 +127,13 @@ def train_noted(config: Config) -> None:
         train(config)
 
 
-def train_in_two(configs: Sequence[Config], folder: Path) -> None:
+def train_in_two(configs: Sequence[Config], folder: Path, launch: Sequence[str]) -> None:
     paths = [folder / f"{number}.yaml" for number in range(len(configs))]
     for path, config in zip(paths, configs):
         path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [*launch, "-m", "tests.reliability.worlds", *map(str, paths)],
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", *launch, "tests.reliability.worlds", *map(str, paths)],
+        cwd=ROOT,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         check=True,
     )

@@ -25,7 +25,7 @@ from localdit import SparseDiTPipeline
 from localdit.training import edm
 from localdit.training.checkpoint import find_checkpoint, load_checkpoint
 from localdit.training.config import Config, TrainConfig
-from localdit.training.loop import learning_rate, reduce_in_float32, starting_model, train
+from localdit.training.loop import learning_rate, starting_model, train
 from localdit.training.state import capture, restore
 from localdit.training.throughput import Throughput
 
@@ -232,16 +232,6 @@ def test_the_cosine_ends_at_its_floor():
         assert rate(step) == pytest.approx(2.4 * (0.33 + 0.67 * half_wave), rel=1e-5)
     with pytest.raises(ValueError, match=r"train\.learning_rate_floor must be at most 1, got 1\.5"):
         replace(options, learning_rate_floor=1.5)
-
-
-def test_fsdp2_computes_in_16_bits_and_adds_gradients_up_in_32():
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    reduce_in_float32(plugin)
-    assert plugin.mixed_precision_policy is None
-    plugin.set_mixed_precision("bf16")
-    reduce_in_float32(plugin)
-    policy = plugin.mixed_precision_policy
-    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_fsdp2_shards_by_block_and_computes_the_same(tmp_path):
