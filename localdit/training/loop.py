@@ -72,7 +72,9 @@ def train(config: Config, resume: str = "auto") -> Path:
         kwargs_handlers=[data_parallel],
     )
     if accelerator.is_fsdp2 and options.optimizer == "adamw8bit":
-        raise ValueError("train.optimizer must be one that works with FSDP2, got 'adamw8bit'")
+        raise ValueError(
+            "train.optimizer must be adamw, muon or schedule_free_adamw under FSDP2, got 'adamw8bit'"
+        )
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(options.seed)
     objective = build_objective(config.objective)

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.distributed.fsdp import FSDPModule
@@ -264,6 +265,13 @@ def test_a_process_that_is_stopped_alone_stops_the_other_and_saves(runs):
     """In a preview, which the other one draws to its end."""
     assert find_checkpoint(runs / "stopped", "auto").name == "step-00000001"
     assert lines(runs / "stopped", "loss") == pytest.approx(lines(runs / "alone", "loss")[:1], abs=1e-6)
+
+
+def test_an_optimizer_whose_state_cannot_be_spread_is_refused(tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    with pytest.raises(ValueError, match=r"train\.optimizer must be .* under FSDP2, got 'adamw8bit'"):
+        train(toy_run(tmp_path / "run", optimizer="adamw8bit"))
 
 
 if __name__ == "__main__":

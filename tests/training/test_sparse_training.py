@@ -267,6 +267,9 @@ def test_fsdp2_shards_by_block_and_computes_the_same(tmp_path):
         ema = EMAModel(model.parameters(), decay=0.5)
         tensors, values = capture(model, ema, optimizer)
         assert tensors["model"]["transformer_blocks.1.ff.experts_in"].shape == experts.shape
+        unwanted, _ = capture(model, ema, optimizer, keep=False)
+        assert unwanted["ema"].keys() == tensors["ema"].keys()
+        assert not any(value.numel() for value in unwanted["ema"].values())
         other = torch.optim.AdamW(whole.parameters(), 1e-3)
         restore(whole, EMAModel(whole.parameters(), decay=0.5), other, tensors, values)
         assert all(torch.equal(one, tensors["model"][name]) for name, one in whole.named_parameters())
