@@ -4,11 +4,13 @@ They run on a CPU and speak by gloo (see `tests/fsdp2_on_cpu.py`), started once 
 
     accelerate launch ... tests/fsdp2_on_cpu.py tests.training.test_fsdp2 RUN.yaml ...
 
-trains runs one after the other, and notes what each saw. Of a run called "broken" the second process can read
-nothing in the first step; in one called "stopped" it alone is asked to stop, in the midst of a preview.
+trains runs one after the other, and notes what each saw. In a run called "broken" the second process can read
+nothing for the first step, and has no finite loss in the next; in one called "stopped" it alone is asked to
+stop, in a preview.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -105,13 +107,13 @@ def runs(tmp_path_factory) -> Iterator[Path]:
     parted = {"batch_size": 1, "gradient_accumulation": 2, "gradient_checkpointing": True}
     together = in_two(alone, "together", **parted)
     half = toy_run(folder / "half", mixed_precision="bf16", gradient_checkpointing=True, max_steps=3)
-    few = toy_run(folder / "few", batch_size=2, max_steps=1)
+    few = toy_run(folder / "few", batch_size=2, max_steps=1, warmup_steps=0)
     plain = [alone, half, few]
     sharded = [
         replace(together, train=replace(together.train, max_steps=STEPS // 2)),
         together,  # which goes on from there
         in_two(half, "half_together"),
-        in_two(few, "broken", max_bad_fraction=0.5),
+        in_two(few, "broken", max_steps=2, save_every=1, keep_checkpoints=2, max_bad_fraction=0.5),
         in_two(alone, "stopped", preview_every=1),
     ]
     for config in plain:
@@ -129,12 +131,13 @@ def runs(tmp_path_factory) -> Iterator[Path]:
 def train_noted(config: Config) -> None:
     """Train, and note in the run's folder the samples and how the model is spread."""
     rank, run = int(os.environ.get("RANK", 0)), Path(config.output_dir)
-    read, prepare, preview = Items.__getitem__, loop.prepare, Diffusion.preview
+    read, prepare, loss, preview = Items.__getitem__, loop.prepare, Diffusion.loss, Diffusion.preview
+    broken, losses = run.name == "broken" and rank == 1, iter(range(99))
 
     def note_sample(items: Items, key: tuple[int, int]) -> tuple[int, Any]:
         with open(run / f"seen-{rank}.jsonl", "a") as file:
             file.write(json.dumps([key[1], items.data.name(key[0])]) + "\n")
-        if run.name == "broken" and rank == 1:
+        if broken and key[1] < 4:
             return key[1], (items.data.name(key[0]), str(BadSample("it is broken")))
         return read(items, key)
 
@@ -150,6 +153,9 @@ def train_noted(config: Config) -> None:
         (run / f"spread-{rank}.json").write_text(json.dumps({"held": held, "parts": parts, "kind": kind}))
         return model, optimizer
 
+    def spoil_loss(*args: Any, **batch: Any) -> Any:
+        return loss(*args, **batch) * (math.nan if broken and next(losses) == 1 else 1.0)
+
     def stop_one(objective: Diffusion, *args: Any) -> Any:
         if run.name == "stopped" and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -159,6 +165,7 @@ def train_noted(config: Config) -> None:
     with (
         patch.object(Items, "__getitem__", note_sample),
         patch.object(loop, "prepare", note_spread),
+        patch.object(Diffusion, "loss", spoil_loss),
         patch.object(Diffusion, "preview", stop_one),
         suppress(Stopped),
     ):
@@ -258,7 +265,13 @@ def test_a_process_that_can_read_nothing_does_not_hold_up_the_other(runs):
     """The step is that of the other's samples, at the half of their weight."""
     assert len((runs / "broken" / "unusable-1.jsonl").read_text().splitlines()) == 2
     for key in ("loss", "gradient_norm"):
-        assert lines(runs / "broken", key) == [pytest.approx(lines(runs / "few", key)[0] / 2, rel=1e-5)]
+        assert lines(runs / "broken", key)[0] == pytest.approx(lines(runs / "few", key)[0] / 2, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_leaves_out_the_step_in_both(runs):
+    assert lines(runs / "broken", "skipped_steps") == [0, 1]
+    before, after = (load_checkpoint(runs / "broken" / f"step-{step:08d}")[0] for step in (1, 2))
+    assert_close(before, after, tolerance=0.0)
 
 
 def test_a_process_that_is_stopped_alone_stops_the_other_and_saves(runs):
