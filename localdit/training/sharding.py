@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
     """`accelerator.prepare`, with FSDP2's arithmetic that of one process.
 
     For 16 bits accelerate has FSDP2 round all weights and inputs, noise levels and rotary tables with the
@@ -26,7 +26,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if accelerator.mixed_precision != "no":
         forward = accelerator.autocast()(model.forward)
-        model.forward = convert_outputs_to_fp32(forward)  # type: ignore[method-assign]
+        model.forward = convert_outputs_to_fp32(forward)
     model, optimizer = accelerator.prepare(model, optimizer)
     # What reads the model's states beside it, a side task, does so after its forward pass.
     model.set_reshard_after_forward(False, recurse=False)
