@@ -187,7 +187,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path, frozen):
     together = replace(together, train=replace(alone.train, batch_size=2))
     config = tmp_path / "together.yaml"
     config.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(together)))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    shipped = Path(__file__).parents[2] / "configs" / "accelerate" / "ddp.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(shipped)]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*launch, "-m", "localdit.cli", "train", str(config)], check=True, env=environment, timeout=120
