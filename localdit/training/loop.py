@@ -34,7 +34,7 @@ from localdit.training.journal import Journal, check_trackers
 from localdit.training.objectives import build_objective
 from localdit.training.optimizers import build_optimizer
 from localdit.training.order import Draws, Order, ProcessBatches, Resampled
-from localdit.training.sharding import gathered, prepare
+from localdit.training.sharding import check_engine, gathered, prepare
 from localdit.training.state import capture, restore, trained
 from localdit.training.stopping import Stopped, stop_request
 from localdit.training.throughput import Throughput
@@ -71,10 +71,7 @@ def train(config: Config, resume: str = "auto") -> Path:
         project_dir=run,
         kwargs_handlers=[data_parallel],
     )
-    if accelerator.is_fsdp2 and options.optimizer == "adamw8bit":
-        raise ValueError(
-            "train.optimizer must be adamw, muon or schedule_free_adamw under FSDP2, got 'adamw8bit'"
-        )
+    check_engine(accelerator, options.optimizer)
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(options.seed)
     objective = build_objective(config.objective)

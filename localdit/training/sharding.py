@@ -1,7 +1,7 @@
 """What a model needs whose weights FSDP2 spreads over the processes, to do what one on its own does.
 
-accelerate spreads it, as its config file says. Besides there are the arithmetic of one process, and weights
-that are whole for as long as validation and previews take.
+accelerate spreads it, as its config file says. Besides there are the arithmetic of one process, weights that
+are whole for as long as validation and previews take, and a refusal of the engines that do not fit the loop.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,39 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+
+
+def check_engine(accelerator: Accelerator, optimizer: str) -> None:
+    """Refuse what would train or save something else than one process does.
+
+    DeepSpeed and the first FSDP keep the optimizer's state, or the parameters too, in flat buffers, where
+    checkpoints of tensors by name do not find it: a resumed run would begin without it, and nobody would be
+    told. DeepSpeed also steps in the backward pass and clips by its own configuration. Megatron-LM trains
+    models of its own.
+
+    Args:
+        accelerator: As its configuration made it.
+        optimizer: Its name in the configuration.
+
+    Raises:
+        ValueError: It is one of those three, or FSDP2 with an optimizer whose state cannot be spread.
+    """
+    kind = accelerator.distributed_type
+    if accelerator.is_fsdp2:
+        if optimizer == "adamw8bit":
+            raise ValueError(
+                "train.optimizer must be adamw, muon or schedule_free_adamw under FSDP2, got 'adamw8bit'"
+            )
+    elif kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP):
+        found = "FSDP with fsdp_version 1" if kind == DistributedType.FSDP else kind.value
+        raise ValueError(
+            "accelerate's distributed_type must be one of DDP (configs/accelerate/ddp.yaml), or FSDP with "
+            "fsdp_version 2 (configs/accelerate/fsdp2.yaml), which shards as DeepSpeed's ZeRO-3 does, "
+            f"got {found}"
+        )
 
 
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:

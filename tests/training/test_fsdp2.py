@@ -29,6 +29,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from PIL import Image
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -285,6 +286,26 @@ def test_an_optimizer_whose_state_cannot_be_spread_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(Accelerator, "is_fsdp2", True)
     with pytest.raises(ValueError, match=r"train\.optimizer must be .* under FSDP2, got 'adamw8bit'"):
         train(toy_run(tmp_path / "run", optimizer="adamw8bit"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (DistributedType.DEEPSPEED, "DEEPSPEED"),
+        (DistributedType.MEGATRON_LM, "MEGATRON_LM"),
+        (DistributedType.FSDP, "FSDP with fsdp_version 1"),
+    ],
+)
+def test_an_engine_whose_state_cannot_be_saved_whole_is_refused_before_any_work(
+    tmp_path, monkeypatch, kind, found
+):
+    """By naming the file for the engine that takes its place."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    monkeypatch.setattr(loop, "starting_model", None)
+    with pytest.raises(ValueError, match=rf"fsdp_version 2 \({SHIPPED.relative_to(ROOT)}\).*, got {found}$"):
+        train(toy_run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 if __name__ == "__main__":
