@@ -61,6 +61,7 @@ class RMSNorm(nn.RMSNorm):
         if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
             # On a CPU PyTorch makes four passes and three maps of it, this three passes and one map.
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            scale = torch.rsqrt(norm.square() / x.shape[-1] + (self.eps or torch.finfo(x.dtype).eps))
+            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+            scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
             return (x * scale).mul_(self.weight)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.hooks import HookRegistry, ModelHook
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,7 +16,7 @@ from toys import naive, relative_error, run, toy_inputs, toy_model
 
 from localdit.kernels import interpreted
 from localdit.kernels import window_attention_triton as twin
-from localdit.models.local_dit import LocalDiTTransformer2DModel
+from localdit.models.local_dit import FusedGELU, LocalDiTTransformer2DModel
 
 TOLERANCE = 2e-6
 
@@ -180,6 +182,74 @@ def test_a_choice_that_cannot_be_is_refused(monkeypatch):
         model.set_kernels("triton")
     model.set_kernels("auto")
     assert run(model, toy_inputs()).isfinite().all()
+
+
+# --- The product's epilogue
+
+
+class OnCuda(Tensor):
+    """A tensor of the CPU that takes itself for one of CUDA."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def epilogues(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtype of each product whose epilogue is GELU, which is computed as CUDA does."""
+    seen: list[torch.dtype] = []
+
+    def as_on_cuda(bias: Tensor, x: Tensor, weight: Tensor, use_gelu: bool) -> Tensor:
+        seen.append(x.dtype)
+        return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", as_on_cuda)
+    return seen
+
+
+def listen(layer: nn.Module, calls: list[nn.Module]) -> None:
+    layer.register_forward_hook(lambda module, *_: calls.append(module))
+
+
+def come_before(layer: nn.Module, calls: list[nn.Module]) -> None:
+    layer.register_forward_pre_hook(lambda module, *_: calls.append(module))
+
+
+def offload(layer: nn.Module, calls: list[nn.Module]) -> None:
+    """As diffusers does, group by group: what it fetches is there when the layer is called, not before."""
+
+    class Fetch(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return args, kwargs
+
+    HookRegistry.check_if_exists_or_initialize(layer).register_hook(Fetch(), "fetch")
+
+
+@pytest.mark.parametrize("waits", [None, listen, come_before, offload])
+def test_the_epilogue_makes_way_for_whoever_waits_for_the_layer(waits, epilogues):
+    layer, x, calls = FusedGELU(6, 10, approximate="tanh"), torch.randn(2, 3, 5, 6), []
+    if waits is not None:
+        waits(layer.proj, calls)
+    with torch.no_grad():
+        found = layer(x.as_subclass(OnCuda))
+        plain = F.gelu(F.linear(x, layer.proj.weight, layer.proj.bias), approximate="tanh")
+    assert relative_error(found.as_subclass(Tensor), plain) < 1e-6
+    assert (len(epilogues), len(calls)) == ((1, 0) if waits is None else (0, 1))
+
+
+def test_autocast_multiplies_in_16_bits_here_too(epilogues):
+    """It knows the layer's product, and none with an epilogue on CUDA."""
+    layer, x = FusedGELU(6, 10, approximate="tanh"), torch.randn(2, 3, 6).as_subclass(OnCuda)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert not epilogues
+
+
+def test_a_gradient_has_no_epilogue(epilogues):
+    layer, x = FusedGELU(6, 10, approximate="tanh"), torch.randn(2, 6).as_subclass(OnCuda)
+    layer(x).sum().backward()
+    assert layer.proj.weight.grad.abs().sum() > 0
+    assert not epilogues
 
 
 # --- Compilation
