@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import TOY, architecture, cast, naive, redraw, relative_error, run, toy_inputs, toy_model
 
+from localdit.models.layers import RMSNorm
 from localdit.models.local_dit import (
     GlobalContextFeatures,
     LocalDiTBlock,
@@ -373,6 +374,18 @@ def test_full_attention_alone_is_diffusers_pixart(grid, use_additional_condition
     conditions = inputs.get("added_cond_kwargs", {"resolution": None, "aspect_ratio": None})
     expected = run(pixart, inputs | {"added_cond_kwargs": conditions})
     assert relative_error(run(model, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("eps", [None, 0.0, 1e-10, 1e-1])
+def test_the_norm_of_heads_is_pytorchs_with_and_without_gradients(eps):
+    """Of numbers so small that an epsilon is heard; none is none."""
+    norm, plain = RMSNorm(12, eps=eps), nn.RMSNorm(12, eps=eps)
+    norm.weight = plain.weight = nn.Parameter(1 + 0.3 * torch.randn(12))
+    x = 1e-4 * torch.randn(3, 5, 2, 12)
+    expected = plain(x)
+    assert relative_error(norm(x), expected) < TOLERANCE
+    with torch.no_grad():
+        assert relative_error(norm(x), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("global_context", [False, True])
