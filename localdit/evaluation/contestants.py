@@ -9,7 +9,7 @@ others, in diffusers' pipelines, project text and timestep in every forward, and
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Contestant:
                 model.set_kernels(option)
             if option == "compiled":
                 for block in model.transformer_blocks:
-                    block.compile()
+                    block.compile(backend=_inductor(self.name), dynamic=False)
         with_cudnn = "cudnn" in self.options
 
         @torch.no_grad()
@@ -153,6 +153,20 @@ def parse(names: Sequence[str], checkout: Path | None, device: str) -> list[Cont
     if len(set(contestants)) < len(contestants):
         raise ValueError(f"models must differ from each other, got {' '.join(names)}")
     return contestants
+
+
+@lru_cache
+def _inductor(contestant: str) -> Callable[..., Any]:
+    """PyTorch's compiler, for one contestant alone.
+
+    Which attention PyTorch chooses is settled when a block is compiled, and the compiler does not look whether
+    it would be another now: of two contestants whose blocks are alike, the second would run the first one's.
+    """
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+
+    return compile_graph
 
 
 def _graphed(forward: Callable[[], object]) -> Callable[[], object]:

@@ -118,13 +118,36 @@ def test_what_is_no_checkout_is_named(checkout: Path, source: str | None, messag
 @pytest.mark.usefixtures("narrow")
 def test_options_say_how_a_model_runs(monkeypatch):
     compiled, flash = [], []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     model, forward = Contestant("pixart-sigma", ("cudnn", "compiled")).build(SMALL, 2)
     assert compiled == list(model.transformer_blocks)
     model.register_forward_pre_hook(lambda *_: flash.append(torch.backends.cuda.flash_sdp_enabled()))
     forward()
     assert flash == [False]
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.usefixtures("narrow")
+def test_each_contestant_is_compiled_for_itself(monkeypatch):
+    """For the attention that it asked for, and for its own length of text."""
+    seen: list[bool] = []
+    symbols: set[type] = set()
+
+    def look(graph, inputs):
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        symbols.update(type(x) for x in inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: look)
+    torch._dynamo.reset()
+    for contestant in parse(
+        ["pixart-alpha:cudnn+compiled", "pixart-sigma:compiled", "pixart-sigma:cudnn+compiled"], None, "cuda"
+    ):
+        _, forward = contestant.build(SMALL, 1)
+        forward()
+    torch._dynamo.reset()
+    assert seen == [False, True, False]
+    assert symbols <= {torch.Tensor, nn.Parameter}  # no size is left open
 
 
 def test_options_follow_a_colon():
