@@ -86,8 +86,8 @@ def add(commands: Any) -> Parser:
         "--reference",
         type=Path,
         metavar="FOLDER",
-        help="checkout of the published LocalDiT, for the models published and published-global: its\n"
-        "attention is loaded and run, so let it be one that you trust",
+        help="checkout of the published LocalDiT, for the models published and published-global, which join\n"
+        "the default ones: its attention is loaded and run, so let it be one that you trust",
     )
     parser.add_argument(
         "--out",

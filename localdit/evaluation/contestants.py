@@ -132,7 +132,8 @@ def parse(names: Sequence[str], checkout: Path | None, device: str) -> list[Cont
     """Contestants from "model" or "model:option+option".
 
     Raises:
-        ValueError: for one that is not known, that is not for this device, or that is there twice.
+        ValueError: for one that is not known, that is not for this device, or that is there twice; for a
+            checkout that none of them is made of.
     """
     contestants = []
     for name in names:
@@ -150,6 +151,8 @@ def parse(names: Sequence[str], checkout: Path | None, device: str) -> list[Cont
         if FAMILIES[model].needs_checkout and checkout is None:
             raise ValueError(f"{model} needs a reference, a checkout of the published LocalDiT, got none")
         contestants.append(Contestant(model, options))
+    if checkout is not None and not any(one.family.needs_checkout for one in contestants):
+        raise ValueError(f"a reference is for {' and '.join(PUBLISHED)} among the models, got {' '.join(names)}")
     if len(set(contestants)) < len(contestants):
         raise ValueError(f"models must differ from each other, got {' '.join(names)}")
     return contestants
@@ -363,3 +366,4 @@ FAMILIES = {
     "published": Family("published LocalDiT", **_family("published", False)),
     "published-global": Family("published LocalDiT, global context", **_family("published", True)),
 }
+PUBLISHED = tuple(name for name, family in FAMILIES.items() if family.needs_checkout)

@@ -127,7 +127,8 @@ def benchmark(
         sizes: Sides of the square pictures in pixels, multiples of 16, or of 32 with Sana.
         batches: Pictures per forward.
         guidance: Whether each is predicted with and without its prompt in that forward.
-        models: Contestants, as `contestants.parse` reads them; None for `DEFAULT_MODELS` of the device.
+        models: Contestants, as `contestants.parse` reads them; None for `DEFAULT_MODELS` of the device, and
+            with a reference `contestants.PUBLISHED`.
         reference: A checkout of the published LocalDiT. Its code is run.
         limit: Seconds for the rounds of one comparison, after which at least 3 were measured; None for all.
 
@@ -140,8 +141,9 @@ def benchmark(
     for size, batch in product(sizes, batches):
         check_picture(size, batch)
     with setup.devices() as devices:
+        published = () if reference is None else known.PUBLISHED
         teams = {
-            device: known.parse(models or DEFAULT_MODELS[device.type], reference, device.type)
+            device: known.parse(models or (*DEFAULT_MODELS[device.type], *published), reference, device.type)
             for device in devices
         }
         for device, team in teams.items():

@@ -158,6 +158,12 @@ def test_options_follow_a_colon():
     assert Contestant("pixart-sigma", ("cudnn", "compiled")).name == "pixart-sigma:cudnn+compiled"
 
 
+def test_a_checkout_is_for_the_published_models():
+    assert parse(["local", "published"], Path("checkout"), "cpu")[1] == Contestant("published")
+    with pytest.raises(ValueError, match="a reference is for published and published-global .*, got local"):
+        parse(["local"], Path("checkout"), "cpu")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -75,6 +75,16 @@ def test_both_local_dits_are_compared_with_pixart(dtype):
 
 
 @pytest.mark.usefixtures("narrow")
+def test_a_checkout_joins_the_default_models(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "_compare", lambda team, *_: team)
+    (team,) = speed.benchmark(Setup(pairs=1, device="cpu"), [32], reference=tmp_path)
+    assert [contestant.name for contestant in team] == [
+        *("local", "global", "pixart-alpha"),
+        *("published", "published-global"),
+    ]
+
+
+@pytest.mark.usefixtures("narrow")
 def test_a_ratio_is_taken_within_its_round_and_the_order_alternates(monkeypatch):
     """Each contestant takes what its round says; the first round does not count."""
     order: list[str] = []
