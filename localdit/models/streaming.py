@@ -153,16 +153,23 @@ class TokenMap:
 
     def read(self, lines: tuple[slice, ...]) -> Tensor:
         """A copy of these rows, (B, rows, w, D)."""
-        tokens = self.tokens[: self.samples]
-        nothing = tokens[:, :0].to(self.device)  # there may be no lines
-        rows = [tokens[:, part].to(self.device, non_blocking=True) for part in lines]
-        return torch.cat((nothing, *rows), dim=1)
+        shape = self.samples, _count(lines), *self.tokens.shape[2:]  # there may be no lines
+        rows = self.tokens.new_empty(shape, device=self.device)
+        for target, source in self._pairs(lines, rows):
+            target.copy_(source, non_blocking=True)
+        return rows
 
     def write(self, lines: tuple[slice, ...], tokens: Tensor) -> None:
         """Replace these rows by tokens, (B, n, D)."""
-        rows = tokens.unflatten(1, (-1, self.tokens.shape[2]))
-        for part, new in zip(lines, rows.split([part.stop - part.start for part in lines], dim=1)):
-            self.tokens[: len(new), part].copy_(new, non_blocking=True)
+        for source, target in self._pairs(lines, tokens.unflatten(1, (-1, self.tokens.shape[2]))):
+            target.copy_(source, non_blocking=True)
+
+    def _pairs(self, lines: tuple[slice, ...], rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of these rows, (B, rows, w, D), and their place in the map: whole pieces of memory, which a
+        device fetches and brings by itself and in order. Others PyTorch has the host copy once more, which
+        does not wait for the device."""
+        for part, some in zip(lines, rows.split([_count((part,)) for part in lines], dim=1)):
+            yield from zip(some, self.tokens[:, part])  # one sample after the other
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import cast, relative_error, run, toy_inputs, toy_model
 
 from localdit.models.local_dit import rotary_table, shift_windows
-from localdit.models.streaming import Shifted, split
+from localdit.models.streaming import Shifted, TokenMap, split
 
 CPU = torch.device("cpu")
 
@@ -118,6 +118,34 @@ def test_every_sample_of_shared_captions_may_have_a_time_of_its_own():
 def test_a_token_map_on_the_host_gives_the_same_bits():
     model, inputs = toy_model(), toy_inputs((9, 7))
     assert torch.equal(streamed(model, inputs, 1, offload=True), run(model, inputs))
+
+
+class Copies(TorchDispatchMode):
+    """The two sides of each copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.sides += args[:2]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_token_map_moves_whole_pieces_of_memory():
+    """Between two devices PyTorch copies others twice, and waits for it or reads what is not there yet."""
+    tokens = TokenMap((3, 5, 4, 6), torch.empty(2), offload=True)
+    all_rows = torch.randn(3, 20, 6)
+    with Copies() as copies:
+        tokens.write((slice(3, 5), slice(0, 3)), all_rows)
+        tokens.samples = 3
+        found = tokens.read((slice(4, 5), slice(0, 2)))
+        assert tokens.read(()).shape == (3, 0, 4, 6)
+    expected = all_rows.unflatten(1, (5, 4))[:, [1, 2, 3]]
+    assert torch.equal(found, expected)
+    assert len(copies.sides) == 2 * 3 * (2 + 2)
+    assert all(side.is_contiguous() for side in copies.sides)
 
 
 def test_fused_projections_give_the_same_bits():
