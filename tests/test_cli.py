@@ -699,6 +699,12 @@ def test_benchmark_refuses_what_a_mode_would_ignore(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_benchmark_streaming_refuses_a_device_that_is_not_here(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["benchmark", "--streaming", "--device", "cuda"]) == 2
+    assert "device must be one of cpu here, got 'cuda'" in capsys.readouterr().err
+
+
 def test_benchmark_prints_tables_or_json_and_writes_files(monkeypatch, capsys, folder):
     about = {"device": "cpu", "dtype": "float32", "size": 64, "batch": 2, "threads": 1, "pairs": 3}
     ours = speed.Result(

@@ -69,7 +69,9 @@ def add(commands: Any) -> Parser:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: PyTorch's choice)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: the CPU, and a GPU too where there is one"
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: the CPU, and a GPU too where there is one; with\n--streaming the CPU",
     )
     parser.add_argument(
         "--cpu-time",
@@ -135,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     if args.masking:
         _run_masking(args, setup)
     elif args.streaming:
-        _run_streaming(args)
+        _run_streaming(args, setup)
     else:
         _run_speed(args, setup)
 
@@ -187,7 +189,7 @@ def _write_files(
         draw(results, path)
 
 
-def _run_streaming(args: argparse.Namespace) -> None:
+def _run_streaming(args: argparse.Namespace, setup: "Setup") -> None:
     from localdit.evaluation import streaming
 
     names = args.models or ["global"]
@@ -195,7 +197,8 @@ def _run_streaming(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--models must be local or global with --streaming, got {', '.join(sorted(unknown))}"
         )
-    about = {"dtype": args.dtype, "device": args.device or "cpu", "threads": args.threads}
+    with setup.devices() as (device, *_):  # the CPU, if none is named
+        about = {"dtype": args.dtype, "device": device.type, "threads": args.threads}
     cases = [
         streaming.Case(size, global_context=name == "global", **about)
         for name in names
