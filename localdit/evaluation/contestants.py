@@ -152,7 +152,9 @@ def parse(names: Sequence[str], checkout: Path | None, device: str) -> list[Cont
             raise ValueError(f"{model} needs a reference, a checkout of the published LocalDiT, got none")
         contestants.append(Contestant(model, options))
     if checkout is not None and not any(one.family.needs_checkout for one in contestants):
-        raise ValueError(f"a reference is for {' and '.join(PUBLISHED)} among the models, got {' '.join(names)}")
+        raise ValueError(
+            f"a reference is for {' and '.join(PUBLISHED)} among the models, got {' '.join(names)}"
+        )
     if len(set(contestants)) < len(contestants):
         raise ValueError(f"models must differ from each other, got {' '.join(names)}")
     return contestants
@@ -162,8 +164,8 @@ def parse(names: Sequence[str], checkout: Path | None, device: str) -> list[Cont
 def _inductor(contestant: str) -> Callable[..., Any]:
     """PyTorch's compiler, for one contestant alone.
 
-    Which attention PyTorch chooses is settled when a block is compiled, and the compiler does not look whether
-    it would be another now: of two contestants whose blocks are alike, the second would run the first one's.
+    Which attention PyTorch chooses is settled when a block is compiled, and nobody looks whether it would be
+    another now: of two contestants whose blocks are alike, the second would run the code of the first.
     """
 
     def compile_graph(graph: Any, inputs: Any) -> Any:

@@ -627,8 +627,9 @@ class FusedGELU(GELU):
         """(..., D) -> (..., 4 D)."""
         weight, device = self.proj.weight, hidden_states.device
         here = hidden_states.dtype == weight.dtype and device == weight.device
-        fused = hidden_states.is_cuda and not torch.is_autocast_enabled(device.type)  # which knows no epilogues
-        if not is_bare(self.proj) or not fused or not here or torch.is_grad_enabled():
+        casts = torch.is_autocast_enabled(device.type)  # not what it does not know, as epilogues
+        can = hidden_states.is_cuda and here and not casts and not torch.is_grad_enabled()
+        if not is_bare(self.proj) or not can:
             return gelu(self.proj(hidden_states), self.approximate)
         # The epilogue's GELU is the tanh form, on CUDA alone.
         y = torch._addmm_activation(self.proj.bias, hidden_states.flatten(0, -2), weight.t(), use_gelu=True)
