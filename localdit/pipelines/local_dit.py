@@ -346,6 +346,11 @@ class LocalDiTPipeline(SafetensorsMixin, DiffusionPipeline, TransformerLoraMixin
         for name in ("vae", "transformer"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} must be loaded to enlarge a picture, got None")
+        for name in ("height", "width"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} must be left to scale when a picture is enlarged, got {kwargs[name]}"
+                )
         if not 1 < scale <= 8:
             raise ValueError(f"scale must be above 1 and at most 8, got {scale}")
         images = read_images(image, self.transformer.config.in_channels)

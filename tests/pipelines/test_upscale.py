@@ -124,6 +124,7 @@ def test_a_vae_that_tiles_goes_on_to_tile(pipe, monkeypatch):
         ({"scale": 1}, "scale must be above 1 and at most 8, got 1"),
         ({"scale": 8.5}, "scale must be above 1 and at most 8, got 8.5"),
         ({"scale": float("nan")}, "scale must be above 1 and at most 8, got nan"),
+        ({"height": 64}, "height must be left to scale when a picture is enlarged, got 64"),
         ({"image": None}, "image must be a PIL image"),
         ({"image": torch.zeros(1, 4, 8, 8)}, "image must be pictures to be enlarged, got latents"),
         ({"image": Image.new("RGB", (2100, 16)), "scale": 8}, "width must be from 16 to 16384 when enlarged"),
