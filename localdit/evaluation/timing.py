@@ -52,6 +52,8 @@ class Setup:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.cpu_time and self.device == "cuda":
+            raise ValueError("cpu_time must be False on cuda: it is the time that the cores of a CPU worked")
 
     @contextmanager
     def devices(self) -> Iterator[list[torch.device]]:

@@ -202,6 +202,7 @@ def test_threads_hold_for_the_comparison_alone():
         ({"pairs": 0}, {}, "pairs must be at least 1, got 0"),
         ({"threads": 0}, {}, "threads must be at least 1, got 0"),
         ({"dtype": "float8"}, {}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"device": "cuda", "cpu_time": True}, {}, "cpu_time must be False on cuda"),
         ({"device": "tpu"}, {}, "device must be one of cpu.* here, got 'tpu'"),
     ],
 )
