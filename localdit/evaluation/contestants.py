@@ -125,7 +125,7 @@ class Contestant:
                     return model(**inputs)
             return model(**inputs)
 
-        return model, _graphed(forward) if "graph" in self.options else forward
+        return model, Graphed(forward) if "graph" in self.options else forward
 
 
 def parse(names: Sequence[str], checkout: Path | None, device: str) -> list[Contestant]:
@@ -174,25 +174,34 @@ def _inductor(contestant: str) -> Callable[..., Any]:
     return compile_graph
 
 
-def _graphed(forward: Callable[[], object]) -> Callable[[], object]:
-    """The forward, recorded at the first call and played from then on, without the CPU's part."""
-    recorded: list[torch.cuda.CUDAGraph] = []
+class Graphed:
+    """A forward, recorded at the first call and played from then on, without the CPU's part."""
 
-    def call() -> None:
-        if not recorded:
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(3):  # compiles, tunes, and makes what is kept
-                    forward()
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                forward()
-            recorded.append(graph)
-        recorded[0].replay()
+    peak_bytes = 0  # allocated for the recording. Playing it allocates nothing: the graph keeps what it needs
 
-    return call
+    def __init__(self, forward: Callable[[], object]):
+        self.forward = forward
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self._graph is None:
+            self._graph = self._record()
+        self._graph.replay()
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # compiles, tunes, and makes what is kept
+                self.forward()
+        torch.cuda.current_stream().wait_stream(aside)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.forward()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+        return graph
 
 
 # --- The models ---------------------------------------------------------------------------------------------

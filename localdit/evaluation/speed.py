@@ -272,6 +272,8 @@ def _seen_on_gpu(forward: Callable[[], object]) -> dict[str, int]:
     torch.cuda.reset_peak_memory_stats()
     forward()
     peak = torch.cuda.max_memory_allocated() - before
+    if isinstance(forward, known.Graphed):
+        peak = forward.peak_bytes
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         forward()
         torch.cuda.synchronize()

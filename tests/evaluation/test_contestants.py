@@ -1,6 +1,7 @@
 """Who competes: published sizes, names and options, and the hook for a checkout of the published LocalDiT."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -148,6 +149,22 @@ def test_each_contestant_is_compiled_for_itself(monkeypatch):
     torch._dynamo.reset()
     assert seen == [False, True, False]
     assert symbols <= {torch.Tensor, nn.Parameter}  # no size is left open
+
+
+def test_a_graph_is_recorded_once_and_takes_what_its_recording_took(monkeypatch):
+    """CUDA is played here: memory in use before, the peak of the recording, and what is called."""
+    called: list[str] = []
+    cuda = mock.MagicMock()
+    cuda.memory_allocated.return_value = 1000
+    cuda.max_memory_allocated.return_value = 1700
+    cuda.CUDAGraph.return_value.replay = lambda: called.append("played")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    forward = contestants.Graphed(lambda: called.append("run"))
+    forward()
+    forward()
+    assert called == ["run"] * 4 + ["played"] * 2
+    assert cuda.graph.call_count == 1
+    assert forward.peak_bytes == 700
 
 
 def test_options_follow_a_colon():
