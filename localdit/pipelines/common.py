@@ -525,8 +525,8 @@ class DenoisingMixin:
             if getattr(self, name) is None:
                 raise ValueError(f"{name} must be loaded to make a picture, got None")
         if guidance_interval is not None:
-            low, high = guidance_interval
-            if not 0 <= low <= high <= 1:
+            two = isinstance(guidance_interval, tuple | list) and len(guidance_interval) == 2
+            if not two or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
                 raise ValueError(
                     f"guidance_interval must be two numbers that rise within 0 and 1, got {guidance_interval}"
                 )

@@ -502,6 +502,8 @@ BROKEN = EMBEDS.masked_fill(EMBEDS > 2, torch.nan)
         ({"strength": 1.1}, "strength must be between 0 and 1, got 1.1"),
         ({"strength": float("nan")}, "strength must be between 0 and 1, got nan"),
         ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval must be .* got \(0.5, 0.2\)"),
+        ({"guidance_interval": 0.5}, "guidance_interval must be two numbers that rise .* got 0.5"),
+        ({"guidance_interval": (0.5,)}, r"guidance_interval must be two numbers .* got \(0.5,\)"),
         ({"eta": -0.1}, "eta must be between 0 and 1"),
         ({"eta": 0.5}, "eta must be 0 with DPMSolverMultistepScheduler"),
         ({"output_type": "jpg"}, "output_type must be .* got 'jpg'"),
