@@ -21,11 +21,16 @@ def heads_of(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook is given what the module returns, and may keep it."""
+    return bool(module._forward_hooks)
+
+
+def rotate(x: Tensor, rotary: Tensor, held: bool = False) -> Tensor:
     """Turn adjacent channels of x, (B, M, A, d), by the angles of a rotary table, (M, d/2, 2), in float32.
 
-    The table holds cosines and sines (RoFormer, arXiv 2104.09864, section 3.4.2). Nobody else may hold x:
-    it is turned in its place where no gradient is kept.
+    The table holds cosines and sines (RoFormer, arXiv 2104.09864, section 3.4.2). Unless somebody else
+    holds x, it is turned in its place where no gradient is kept.
     """
     pairs, table = x.float().unflatten(-1, (-1, 2)), rotary[:, None]
     if torch.compiler.is_compiling():  # compilers fuse real arithmetic and know no complex numbers
@@ -34,7 +39,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
         return pairs.flatten(-2).to(x.dtype)
     # One pass where real arithmetic takes six.
     turned, by = torch.view_as_complex(pairs), torch.view_as_complex(table)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or held:
         return torch.view_as_real(turned * by).flatten(-2).to(x.dtype)
     turned *= by  # of x itself, or of its copy in float32
     return x if x.dtype == torch.float32 else x.copy_(pairs.flatten(-2))
@@ -45,9 +50,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU of x, which nobody else holds: in its place where no gradient is kept."""
-    if torch.is_grad_enabled():
+def gelu(x: Tensor, approximate: str = "none", held: bool = False) -> Tensor:
+    """GELU of x: unless somebody else holds it, in its place where no gradient is kept."""
+    if torch.is_grad_enabled() or held:
         return F.gelu(x, approximate=approximate)
     return torch.ops.aten.gelu_(x, approximate=approximate)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from localdit.kernels import check_kernels
 from localdit.kernels.depthwise_gelu import depthwise_gelu, encode_lines
 from localdit.kernels.window_attention import Attended, encode_slots, triton_computes, window_attention
-from localdit.models.layers import RMSNorm, gelu, heads_of, modulate, rotate, sincos_table
+from localdit.models.layers import RMSNorm, gelu, heads_of, is_watched, modulate, rotate, sincos_table
 from localdit.models.local_dit_single_file import LocalDiTSingleFileMixin
 from localdit.models.region import Layout, Region, build_region
 from localdit.models.strict import (
@@ -392,7 +392,7 @@ class LocalDiTFullAttention(_Attention):
     def _turn(self, norm: nn.Module, x: Tensor, rotary: Tensor | None) -> Tensor:
         """Normalise the heads of x, (B, N, D), and turn them: (B, N, A, d)."""
         x = norm(heads_of(x, self.heads))
-        return x if rotary is None else rotate(x, rotary)
+        return x if rotary is None else rotate(x, rotary, held=is_watched(norm))
 
     def forward(self, hidden_states: Tensor, windows: Windows, rotary: Tensor | None) -> Tensor:
         """hidden_states: (B, N, D); rotary: the table in raster order. Returns (B, N, D)."""
@@ -522,7 +522,8 @@ class GlobalContextFeatures(nn.Module):
 
     def convolve(self, x: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         """The depthwise 3x3 and GELU of x, (B, h, w, D), and the sums of its rows, (B, h, D), in float32."""
-        y = gelu(self.depthwise(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, h, w, D)
+        y = self.depthwise(x.permute(0, 3, 1, 2))
+        y = gelu(y, held=is_watched(self.depthwise)).permute(0, 2, 3, 1)  # (B, h, w, D)
         if present is not None:
             y = y * present
         # Row by row: whoever has some of the rows adds up the same bits.
@@ -630,7 +631,7 @@ class FusedGELU(GELU):
         casts = torch.is_autocast_enabled(device.type)  # not what it does not know, as epilogues
         can = hidden_states.is_cuda and here and not casts and not torch.is_grad_enabled()
         if not is_bare(self.proj) or not can:
-            return gelu(self.proj(hidden_states), self.approximate)
+            return gelu(self.proj(hidden_states), self.approximate, held=is_watched(self.proj))
         # The epilogue's GELU is the tanh form, on CUDA alone.
         y = torch._addmm_activation(self.proj.bias, hidden_states.flatten(0, -2), weight.t(), use_gelu=True)
         return y.unflatten(0, hidden_states.shape[:-1])

@@ -1,5 +1,6 @@
 """What the LocalDiT transformer computes: the published numbers, the naive twin's, and what a window sees."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,19 @@ def test_full_attention_alone_is_diffusers_pixart(grid, use_additional_condition
     conditions = inputs.get("added_cond_kwargs", {"resolution": None, "aspect_ratio": None})
     expected = run(pixart, inputs | {"added_cond_kwargs": conditions})
     assert relative_error(run(model, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_hook_was_given_stays_as_it_was(dtype):
+    """Though what nobody holds is changed in its place where no gradient is kept."""
+    model, inputs = toy_model().to(dtype), cast(toy_inputs((5, 7)), dtype)
+    expected, given = run(model, inputs), []
+    for module in model.modules():
+        module.register_forward_hook(lambda _, args, out: given.append((out, copy.deepcopy(out))))
+    assert torch.equal(run(model, inputs), expected)
+    tensors = [(x, before) for x, before in given if isinstance(x, Tensor)]
+    assert len(tensors) > 100
+    assert all(torch.equal(x, before) for x, before in tensors)
 
 
 @pytest.mark.parametrize("eps", [None, 0.0, 1e-10, 1e-1])
