@@ -628,9 +628,9 @@ class FusedGELU(GELU):
         """(..., D) -> (..., 4 D)."""
         weight, device = self.proj.weight, hidden_states.device
         here = hidden_states.dtype == weight.dtype and device == weight.device
-        casts = torch.is_autocast_enabled(device.type)  # not what it does not know, as epilogues
-        can = hidden_states.is_cuda and here and not casts and not torch.is_grad_enabled()
-        if not is_bare(self.proj) or not can:
+        can = here and hidden_states.is_cuda and not torch.is_grad_enabled()
+        # Autocast does not cast for operators that it does not know, such as this one.
+        if not is_bare(self.proj) or not can or torch.is_autocast_enabled(device.type):
             return gelu(self.proj(hidden_states), self.approximate, held=is_watched(self.proj))
         # The epilogue's GELU is the tanh form, on CUDA alone.
         y = torch._addmm_activation(self.proj.bias, hidden_states.flatten(0, -2), weight.t(), use_gelu=True)
