@@ -48,13 +48,14 @@ def time_rows(results: Sequence[Result]) -> list[list[str]]:
         "moved",
         "peak",
         "parameters",
+        "first call",
     ]
     return [head, *(_time_row(found) for found in results)]
 
 
 def _time_row(found: Result) -> list[str]:
     if found.error:
-        return [found.title, f"failed: {found.error}", *["-"] * 8]
+        return [found.title, f"failed: {found.error}", *["-"] * 9]
     return [
         found.title,
         f"{1e3 * found.seconds.median:.4g}",
@@ -66,6 +67,7 @@ def _time_row(found: Result) -> list[str]:
         f"{found.moved_bytes / 1e9:.1f} GB",
         f"{found.peak_bytes / 1e6:.0f} MB",
         f"{found.parameters / 1e6:.1f} M",
+        f"{found.first_seconds:.3g} s",
     ]
 
 

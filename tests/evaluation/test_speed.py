@@ -139,6 +139,7 @@ def test_the_report_has_a_table_of_times_one_of_ratios_and_a_picture(tmp_path):
     head, first, second = time_rows(results[:2])
     assert len(head) == len(first) == len(second)
     assert (first[0], second[0]) == ("LocalDiT", "PixArt-alpha XL")
+    assert (head[-1], first[-1]) == ("first call", f"{results[0].first_seconds:.3g} s")
     head, row = ratio_rows(results[:2])
     assert head == ["times as fast as", "PixArt-alpha XL"]
     assert row[0] == "LocalDiT"
@@ -179,7 +180,7 @@ def test_one_that_failed_is_in_the_table():
     )
     rows = time_rows([result])
     assert rows[1][:2] == ["LocalDiT", "failed: out of memory"]
-    assert markdown(rows).endswith("| LocalDiT | failed: out of memory | - | - | - | - | - | - | - | - |")
+    assert markdown(rows).endswith("| LocalDiT | failed: out of memory | - | - | - | - | - | - | - | - | - |")
 
 
 def test_quartiles_and_median():
