@@ -115,7 +115,7 @@ class Contestant:
                 model.set_kernels(option)
             if option == "compiled":
                 for block in model.transformer_blocks:
-                    block.compile(backend=_inductor(self.name), dynamic=False)
+                    block.compile(backend=_inductor(self.model, "cudnn" in self.options), dynamic=False)
         with_cudnn = "cudnn" in self.options
 
         @torch.no_grad()
@@ -161,8 +161,8 @@ def parse(names: Sequence[str], checkout: Path | None, device: str) -> list[Cont
 
 
 @lru_cache
-def _inductor(contestant: str) -> Callable[..., Any]:
-    """PyTorch's compiler, for one contestant alone.
+def _inductor(model: str, with_cudnn: bool) -> Callable[..., Any]:
+    """PyTorch's compiler, for one model and attention alone.
 
     Which attention PyTorch chooses is settled when a block is compiled, and nobody looks whether it would be
     another now: of two contestants whose blocks are alike, the second would run the code of the first.
