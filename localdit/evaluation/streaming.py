@@ -156,6 +156,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
         ImportError: matplotlib is not installed.
     """
     figure = new_figure(9, 3.6)
+    from matplotlib.ticker import LogLocator
+
     memory, time_taken = figure.subplots(1, 2)
     cases = {dataclasses.replace(result.case, size=16) for result in results}
     for case in sorted(cases, key=lambda case: case.global_context):
@@ -173,6 +175,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="side of the picture in pixels")
         axes.set_xticks(sides, [str(side) for side in sides])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3, linewidth=0.5)
     figure.savefig(path, format="png", dpi=150)

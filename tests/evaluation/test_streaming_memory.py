@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from localdit.evaluation import streaming
@@ -61,3 +62,19 @@ def test_the_plot_has_a_line_for_each_model_and_a_point_for_each_size(tmp_path):
     with Image.open(tmp_path / "a.png") as picture:
         shades = {shade for _, shade in picture.convert("RGB").getcolors(2**24)}
     assert {(31, 119, 180), (255, 127, 14)} <= shades  # matplotlib's first two colours
+
+
+def test_the_axes_of_the_plot_have_numbers_within_a_decade(monkeypatch, tmp_path):
+    """Peaks of 0.2 to 0.9 GB stand between two powers of ten."""
+    seen: list[str] = []
+
+    def read(figure: Figure, *_: object, **__: object) -> None:
+        figure.canvas.draw()
+        seen.extend(label.get_text() for label in figure.axes[0].get_yticklabels())
+
+    monkeypatch.setattr(Figure, "savefig", read)
+    peaks = {512: 200_000_000, 1024: 900_000_000}
+    draw(
+        [Result(Case(size), 1024, 10**9, peak, 1.0, 0.5) for size, peak in peaks.items()], tmp_path / "a.png"
+    )
+    assert {"0.2", "0.5"} <= set(seen)
