@@ -152,6 +152,8 @@ def row(result: Result) -> str:
 def draw(results: Sequence[Result], path: Path) -> None:
     """Write a PNG with two panels: peak memory and time against the side of the picture.
 
+    The time is that of the cores, on a CPU, where others may use them too.
+
     Raises:
         ImportError: matplotlib is not installed.
     """
@@ -160,15 +162,17 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
     memory, time_taken = figure.subplots(1, 2)
     cases = {dataclasses.replace(result.case, size=16) for result in results}
+    on_cpu = all(case.device == "cpu" for case in cases)
     for case in sorted(cases, key=lambda case: case.global_context):
         line = [result for result in results if dataclasses.replace(result.case, size=16) == case]
         context = "with" if case.global_context else "without"
         label = f"{case.blocks} blocks, {context} global context, {case.dtype}"
         sides = [result.case.size for result in line]
         memory.plot(sides, [result.peak_bytes / 1e9 for result in line], marker="o", label=label)
-        time_taken.plot(sides, [result.seconds for result in line], marker="o")
+        seconds = [result.cpu_seconds if on_cpu else result.seconds for result in line]
+        time_taken.plot(sides, seconds, marker="o")
     memory.set_title("GB above the weights, at most", fontsize=10, loc="left")
-    time_taken.set_title("seconds of a step", fontsize=10, loc="left")
+    time_taken.set_title(f"{'CPU ' if on_cpu else ''}seconds of a step", fontsize=10, loc="left")
     memory.legend(fontsize=8)
     sides = sorted({result.case.size for result in results})
     for axes in (memory, time_taken):
