@@ -93,6 +93,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """
     panels = comparisons([found for found in results if not found.error])
     heights = [1 + 0.28 * len(panel) for panel in panels]
+    if not panels:  # all failed, as one by one they may; what comes after them may not
+        new_figure(8, 1).savefig(path, format="png", dpi=150)
+        return
     figure = new_figure(8, sum(heights))
     for axes, panel in zip(
         figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0], panels

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from localdit.cli.models import markdown
@@ -148,6 +149,10 @@ def test_the_report_has_a_table_of_times_one_of_ratios_and_a_picture(tmp_path):
 
     draw(results, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 1000
+
+    draw([dataclasses.replace(results[0], error="out of memory")], tmp_path / "failed.png")
+    with Image.open(tmp_path / "failed.png") as picture:
+        assert picture.width > picture.height  # empty, and no error
 
 
 @pytest.mark.usefixtures("narrow")
