@@ -497,10 +497,10 @@ def test_ray_makes_the_bytes_of_accelerate_though_a_worker_is_killed(encoders, t
     killed, done = [], []
 
     class Killer(StopRequest):
-        """Never asks to stop, but kills a worker when it is asked first, after the first shard."""
+        """Never asks to stop, but kills a worker when it is asked first after a shard was made."""
 
         def __bool__(self):
-            if not killed:
+            if made_of(there) and not killed:
                 processes = psutil.Process().children(recursive=True)
                 killed.append(next(p for p in processes if "MapWorker" in " ".join(p.cmdline())))
                 done.append(len(made_of(there)))
