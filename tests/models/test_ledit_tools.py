@@ -101,7 +101,19 @@ def test_a_model_of_both_kinds_of_attention_exports():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")  # inductor's own imports
-@pytest.mark.parametrize("backend", ["native", "flex"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "native",
+        pytest.param(
+            "flex",
+            marks=pytest.mark.xfail(
+                reason="PyTorch 2.13 has no code on a CPU for queries that are a view of a product",
+                strict=True,
+            ),
+        ),
+    ],
+)
 @pytest.mark.usefixtures("default_backend")
 def test_inductor_computes_the_same(backend):
     model = toy_ledit(num_layers=2, attention_head_dim=16)
