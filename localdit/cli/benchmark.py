@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,39 +99,24 @@ def add(commands: Any) -> Parser:
         help="for speed.json, speed.md and speed.png; with --streaming streaming.json and so on",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each result")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, parser))
     return parser
 
 
-# What says nothing to a mode, and its default.
-_UNUSED: dict[str, dict[str, Any]] = {
-    "masking": {
-        "streaming": False,
-        "models": None,
-        "guidance": ["off"],
-        "limit": None,
-        "reference": None,
-        "out": None,
-    },
-    "streaming": {
-        "masking": False,
-        "pairs": 8,
-        "batch": [1],
-        "guidance": ["off"],
-        "cpu_time": False,
-        "limit": None,
-        "reference": None,
-    },
+# What says nothing to a mode.
+_UNUSED = {
+    "masking": ("streaming", "models", "guidance", "limit", "reference", "out"),
+    "streaming": ("masking", "pairs", "batch", "guidance", "cpu_time", "limit", "reference"),
 }
 
 
-def run(args: argparse.Namespace) -> None:
+def run(parser: Parser, args: argparse.Namespace) -> None:
     from localdit.evaluation.timing import Setup
 
     setup = Setup(args.pairs, args.dtype, args.threads, args.device, args.cpu_time)
     for mode, unused in _UNUSED.items():
-        for name, default in unused.items():
-            if getattr(args, mode) and getattr(args, name) != default:
+        for name in unused:
+            if getattr(args, mode) and getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} has no meaning with --{mode}; leave it away")
     if args.out is not None:
         check_plots()
