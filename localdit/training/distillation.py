@@ -1,14 +1,19 @@
 """The consistency distillation objective: a student learns to do in few steps what its teacher does in many.
 
-Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378), after Song et al. 2023 (arXiv
-2303.01469). A consistency function f(x, t) takes every point of one trajectory of the teacher's ODE to where
-that trajectory ends, the clean sample. It is trained on two neighbours of a trajectory: a noisy sample, and
-where a step of the teacher, with classifier-free guidance, takes it. So the student draws what the teacher
-draws with guidance, and needs none itself: half the work of a step, besides the fewer steps.
+A consistency function f(x, t) takes every point of one trajectory of the teacher's ODE to where that
+trajectory ends (Song et al. 2023, arXiv 2303.01469). It is trained on two neighbours of a trajectory: a noisy
+sample, and where a step of the teacher, with classifier-free guidance, takes it (latent consistency
+distillation, Luo et al. 2023, arXiv 2310.04378). So the student draws what the teacher draws with guidance,
+and needs none itself: half the work of a step, besides the fewer steps.
 
-Two things differ from the paper. The guidance is one fixed scale, where the paper draws it and has the
-student read it. And the neighbour is judged by the student as it is, not by an average of it: Song & Dhariwal
-2023 (arXiv 2310.14189, section 3.2) do better without, and it would be a third model in memory.
+The trajectory may be cut into segments, with a function for each, which ends where its segment ends
+(multistep consistency models, Heek et al. 2024, arXiv 2403.06807). One segment is the paper of 2023: its
+sampler, LCM, takes each guess of the clean sample and adds fresh noise to it. With as many segments as steps
+the sampler is DDIM, and every step is what the teacher does in several: much easier to learn.
+
+Two things differ from Luo et al. The guidance is one fixed scale, where they draw it and have the student
+read it. And the neighbour is judged by the student as it is, not by an average of it: Song & Dhariwal 2023
+(arXiv 2310.14189, section 3.2) do better without, and it would be a third model in memory.
 """
 
 from dataclasses import dataclass
@@ -17,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import LCMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 from torch import Tensor, nn
 
 from localdit.assets import MINI
@@ -42,11 +47,12 @@ _SCHEDULE = (
 
 @dataclass(kw_only=True)
 class ConsistencyDistillation(Diffusion):
-    """Consistency distillation. Levels of noise are those timesteps of `LCMScheduler` that its
-    `original_inference_steps` stand for; the teacher steps from one to the next."""
+    """Consistency distillation. Levels of noise are the timesteps at which the teacher's steps begin."""
 
     teacher: str  # folder of a pipeline, whose transformer is of the student's class; or "mini"
     teacher_guidance_scale: float  # of the teacher's steps, and so of what the student draws without
+    teacher_steps: int = 50  # of DDIM, from noise to the picture
+    segments: int = 1  # 1: for LCMScheduler; more: for so many steps, or a multiple, of DDIMScheduler
     huber_width: float = 1e-3  # differences below it count by their square, larger ones by their size
     caption_dropout: float = 0.0
     default_guidance_scale: float | None = 1.0
@@ -54,8 +60,7 @@ class ConsistencyDistillation(Diffusion):
     preview_steps: int = 4
 
     def use_scheduler(self, scheduler: Any) -> None:
-        if not isinstance(scheduler, LCMScheduler):
-            raise ValueError(f"objective.scheduler must be an LCMScheduler, got {type(scheduler).__name__}")
+        self._check_steps(scheduler)
         kind = scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise ValueError(
@@ -65,12 +70,41 @@ class ConsistencyDistillation(Diffusion):
             raise ValueError(
                 f"objective.teacher must be the folder of a pipeline, or 'mini', got {self.teacher!r}"
             )
-        known = LCMScheduler.load_config(self._teacher_folder, subfolder="scheduler")
+        known = type(scheduler).load_config(self._teacher_folder, subfolder="scheduler")
         for name in _SCHEDULE:
             own = scheduler.config[name]
             if own != (value := known.get(name, own)):
                 raise ValueError(f"objective.scheduler.{name} must be the teacher's, {value!r}, got {own!r}")
         self.schedule = scheduler
+
+    def _check_steps(self, scheduler: Any) -> None:
+        """Refuse a scheduler that would not step as the student learns to."""
+        wanted = LCMScheduler if self.segments == 1 else DDIMScheduler
+        if not isinstance(scheduler, wanted):
+            raise ValueError(
+                f"objective.scheduler must be a {wanted.__name__} where objective.segments is "
+                f"{self.segments}, got {type(scheduler).__name__}"
+            )
+        timesteps = scheduler.config.num_train_timesteps
+        if self.teacher_steps < 1 or timesteps % self.teacher_steps:
+            raise ValueError(
+                f"objective.teacher_steps must divide the {timesteps} timesteps, got {self.teacher_steps}"
+            )
+        if self.segments < 1 or self.teacher_steps % self.segments:
+            raise ValueError(
+                f"objective.segments must divide the {self.teacher_steps} steps of the teacher, "
+                f"got {self.segments}"
+            )
+        needed: dict[str, Any] = (
+            {"original_inference_steps": self.teacher_steps}
+            if self.segments == 1
+            else {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
+        )
+        for name, value in needed.items():
+            if scheduler.config[name] != value:
+                raise ValueError(
+                    f"objective.scheduler.{name} must be {value!r}, got {scheduler.config[name]!r}"
+                )
 
     def prepare(self, model: Any, folder: Path, accelerator: Accelerator, stop: StopRequest) -> Samples:
         """Load the teacher too."""
@@ -82,13 +116,18 @@ class ConsistencyDistillation(Diffusion):
 
     @property
     def interval(self) -> int:
-        """Timesteps between neighbours, the paper's k (section 4.3)."""
-        return self.schedule.config.num_train_timesteps // self.schedule.config.original_inference_steps
+        """Timesteps between neighbours, the k of Luo et al. (section 4.3)."""
+        return self.schedule.config.num_train_timesteps // self.teacher_steps
 
     def levels(self, draws: Draws) -> Tensor:
-        """Timesteps, (B,), each of the schedule's as often as another."""
-        steps = self.schedule.config.original_inference_steps
-        return (draws.uniform() * steps).long().clamp(max=steps - 1) * self.interval + self.interval - 1
+        """Timesteps, (B,), each of the teacher's as often as another."""
+        step = (draws.uniform() * self.teacher_steps).long().clamp(max=self.teacher_steps - 1)
+        return (step + 1) * self.interval - 1
+
+    def ends(self, level: Tensor) -> Tensor:
+        """The timesteps, (B,), at which the segments of these levels end: 0 is where the picture is."""
+        length = self.schedule.config.num_train_timesteps // self.segments
+        return (level // length * length - 1).clamp(min=0)
 
     def validation_levels(self) -> dict[str, float]:
         """The timesteps that previews visit."""
@@ -104,47 +143,52 @@ class ConsistencyDistillation(Diffusion):
         draws: Draws,
         **condition: Tensor,
     ) -> Tensor:
-        """Huber distances between what the student makes of a sample and of its neighbour with less noise
-        (algorithm 1)."""
+        """Huber distances between the clean sample that the student sees in a noisy one, and the one with
+        which it would get to where its step from the neighbour with less noise ends (Heek et al.,
+        algorithm 1)."""
         noisy = self.schedule.add_noise(clean, noise, level)
-        earlier = (level - self.interval).clamp(min=0)
+        earlier, end = (level - self.interval).clamp(min=0), self.ends(level)
         with torch.no_grad():
-            target = self.consistency(
-                model, self.solve(noisy, level, earlier, **condition), earlier, **condition
-            )
-        found = self.consistency(model, noisy, level, **condition)
+            neighbour = self.solve(noisy, level, earlier, **condition)
+            found = self.split(self.predict(model, neighbour, earlier, **condition), neighbour, earlier)
+            target = self.aim(noisy, level, self.schedule.add_noise(*found, end), end)
+        seen, _ = self.split(self.predict(model, noisy, level, **condition), noisy, level)
         width = self.huber_width
-        return (((found - target).square() + width**2).sqrt() - width).flatten(1).mean(1)
-
-    def consistency(self, model: nn.Module, noisy: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
-        """f(x, t), (B, C, H, W): what `LCMScheduler` makes of the model's prediction. f(x, 0) = x, whatever
-        the model says (section 4.1)."""
-        predicted = model(hidden_states=noisy, timestep=timestep, **condition, return_dict=False)[0]
-        clean, _ = self.split(predicted, noisy, timestep)
-        c_skip, c_out = self.schedule.get_scalings_for_boundary_condition_discrete(timestep)
-        return c_skip.view(-1, 1, 1, 1) * noisy + c_out.view(-1, 1, 1, 1) * clean
+        return (((seen - target).square() + width**2).sqrt() - width).flatten(1).mean(1)
 
     def solve(self, noisy: Tensor, timestep: Tensor, earlier: Tensor, **condition: Tensor) -> Tensor:
-        """A step of DDIM from one timestep, (B,), to an earlier one, by the guided teacher (eq. 14)."""
+        """A step of DDIM from one timestep, (B,), to an earlier one, by the guided teacher (Luo et al.,
+        eq. 14)."""
         both = self.without_caption(condition)
         both = {name: torch.cat((both[name], given)) for name, given in condition.items()}
         with self.precision():
-            predicted = self.teacher_model(
-                hidden_states=noisy.repeat(2, 1, 1, 1), timestep=timestep.repeat(2), **both, return_dict=False
-            )[0]
+            predicted = self.predict(self.teacher_model, noisy.repeat(2, 1, 1, 1), timestep.repeat(2), **both)
         negative, positive = predicted.float().chunk(2)
         guided = torch.lerp(negative, positive, self.teacher_guidance_scale)
-        clean, noise = self.split(guided, noisy, timestep)
-        return self.schedule.add_noise(clean, noise, earlier)
+        return self.schedule.add_noise(*self.split(guided, noisy, timestep), earlier)
+
+    def aim(self, noisy: Tensor, timestep: Tensor, later: Tensor, end: Tensor) -> Tensor:
+        """The clean sample with which a step of DDIM leads from `noisy` to `later`, at the timestep `end`."""
+        (alpha, sigma), (end_alpha, end_sigma) = self.signal_and_noise(timestep), self.signal_and_noise(end)
+        kept = end_sigma / sigma  # of the noise
+        return (later - kept * noisy) / (end_alpha - kept * alpha)
+
+    @staticmethod
+    def predict(model: nn.Module, noisy: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        return model(hidden_states=noisy, timestep=timestep, **condition, return_dict=False)[0]
 
     def split(self, predicted: Tensor, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The clean sample and the noise that a noisy one is made of, as a prediction has it; float32."""
         predicted = predicted[:, : noisy.shape[1]].float()  # a learned variance would follow
-        signal = self.schedule.alphas_cumprod.to(noisy.device)[timestep].view(-1, 1, 1, 1)
-        alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+        alpha, sigma = self.signal_and_noise(timestep)
         if self.schedule.config.prediction_type == "v_prediction":
             return alpha * noisy - sigma * predicted, sigma * noisy + alpha * predicted
         return (noisy - sigma * predicted) / alpha, predicted
+
+    def signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of the clean sample and of the noise there is at timesteps, (B,): two of (B, 1, 1, 1)."""
+        signal = self.schedule.alphas_cumprod.to(timestep.device)[timestep].view(-1, 1, 1, 1)
+        return signal.sqrt(), (1 - signal).sqrt()
 
     @property
     def _teacher_folder(self) -> Path:
