@@ -1116,7 +1116,8 @@ class LocalDiTTransformer2DModel(
         shares = self.block_class is LocalDiTBlock and not self.is_cache_enabled
         if copies > 1 and not (shares and len(conditioning) == 1):
             x = x.repeat(copies, 1, 1)
-            conditioning, embedded = conditioning.repeat(copies, 1), embedded.repeat(copies, 1)
+            if len(conditioning) > 1:  # one serves any batch
+                conditioning, embedded = conditioning.repeat(copies, 1), embedded.repeat(copies, 1)
         for index, block in enumerate(cast("list[LocalDiTBlock]", self.transformer_blocks)):
             text = context.text if context.keys_values is None else context.keys_values[index]
             run = partial(block, **attention_kwargs) if attention_kwargs else block

@@ -7,9 +7,9 @@ distillation, Luo et al. 2023, arXiv 2310.04378). So the student draws what the 
 and needs none itself: half the work of a step, besides the fewer steps.
 
 The trajectory may be cut into segments, with a function for each, which ends where its segment ends
-(multistep consistency models, Heek et al. 2024, arXiv 2403.06807). One segment is the paper of 2023: its
-sampler, LCM, takes each guess of the clean sample and adds fresh noise to it. With as many segments as steps
-the sampler is DDIM, and every step is what the teacher does in several: much easier to learn.
+(multistep consistency models, Heek et al. 2024, arXiv 2403.06807). With one segment it ends in the picture:
+the sampler, LCM, guesses that and adds fresh noise to it, again and again. With as many segments as steps the
+sampler is DDIM, and a step is what the teacher does in several of its own: much easier to learn.
 
 Two things differ from Luo et al. The guidance is one fixed scale, where they draw it and have the student
 read it. And the neighbour is judged by the student as it is, not by an average of it: Song & Dhariwal 2023

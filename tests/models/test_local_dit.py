@@ -594,24 +594,34 @@ def test_samples_with_two_captions_each_are_predicted_as_if_they_were_repeated(b
     assert relative_error(found, run(model, inputs)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["timestep", "context"])
+@pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
-def test_a_subclass_or_a_cached_model_never_sees_a_shared_sample():
+def test_a_subclass_or_a_cached_model_never_sees_a_shared_sample(batch, kind):
     class OtherBlock(LocalDiTBlock):
         pass
 
     class Other(LocalDiTTransformer2DModel):
         block_class = OtherBlock
 
-    inputs = toy_inputs((5, 7), batch=2)
-    cached = LocalDiTTransformer2DModel(**TOY)
+    inputs, own = toy_inputs((5, 7), batch=2 * batch), toy_model()
+    shared = with_context(own, inputs) | {"hidden_states": inputs["hidden_states"][:batch]}
+    sizes = {"resolution": torch.tensor([[80.0, 112.0]]), "aspect_ratio": torch.tensor([1.4])}
+    shared |= {"added_cond_kwargs": None, "timestep": own.encode_timesteps(torch.tensor([300.0]), sizes)[0]}
+    if kind == "timestep":
+        repeated = {name: size.expand(batch, *size.shape[1:]) for name, size in sizes.items()}
+        shared |= {"timestep": torch.full((batch,), 300.0), "added_cond_kwargs": repeated}
+    expected = run(own, shared)
+
+    cached = toy_model()
     cached._cache_config = object()  # what diffusers' enable_cache sets
+    other = Other(**TOY).eval()
+    other.load_state_dict(own.state_dict())
     seen: list[int] = []
-    for model in (Other(**TOY), cached):
-        shared = with_context(model, inputs) | {"hidden_states": inputs["hidden_states"][:1], "timestep": 5.0}
-        shared["added_cond_kwargs"] = None
+    for model in (other, cached):
         model.transformer_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-        assert len(run(model, shared)) == 2
-    assert seen == [2, 2]
+        assert relative_error(run(model, shared), expected) < 1e-6
+    assert seen == [2 * batch] * 2
 
 
 def test_an_encoded_caption_trains_like_the_caption():

@@ -408,13 +408,17 @@ def test_the_vae_may_slice_and_tile(pipe):
 # Speed.
 
 
-def test_caches_are_kept_within_a_call(pipe):
-    """A threshold of zero changes nothing, a high one skips blocks, and the next call finds nothing left."""
-    expected = seeded(pipe)
+@pytest.mark.parametrize("prompts", ["star", ["star", "circle", "ring"]])
+def test_a_cache_that_skips_nothing_changes_nothing(pipe, prompts):
+    expected = seeded(pipe, prompts)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    torch.testing.assert_close(seeded(pipe), expected)
+    torch.testing.assert_close(seeded(pipe, prompts), expected)
     pipe.transformer.disable_cache()
 
+
+def test_caches_are_kept_within_a_call(pipe):
+    """A high threshold skips blocks, and the next call finds nothing left."""
+    expected = seeded(pipe)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     ran = []
     pipe.transformer.transformer_blocks[1].attn1.register_forward_pre_hook(lambda *_: ran.append(1))
