@@ -63,10 +63,12 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d). Returns the same shape."""
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            # On a CPU PyTorch makes four passes and three maps of it, this three passes and one map.
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-            scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-            return (x * scale).mul_(self.weight)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        # On a CPU PyTorch makes more passes and maps of it.
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        eps = torch.finfo(y.dtype).eps if self.eps is None else self.eps
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm.square() / y.shape[-1] + eps)
+        y = y * scale if y is x else y.mul_(scale)
+        return y.mul_(self.weight).to(x.dtype)

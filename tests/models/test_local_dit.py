@@ -402,6 +402,21 @@ def test_the_norm_of_heads_is_pytorchs_with_and_without_gradients(eps):
         assert relative_error(norm(x), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("eps", [1e-10, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_norm_of_heads_is_as_exact_as_pytorchs_in_any_precision_and_leaves_its_input(dtype, eps):
+    norm, plain = RMSNorm(12, eps=eps), nn.RMSNorm(12, eps=eps)
+    norm.weight = plain.weight = nn.Parameter((1 + 0.3 * torch.randn(12)).to(dtype))
+    x = (1e-3 * torch.randn(3, 5, 2, 12)).to(dtype)
+    before = x.clone()
+    found, theirs = norm(x), plain(x)
+    exact = plain.double()(x.double())
+    assert found.dtype == dtype
+    assert torch.equal(x, before)
+    assert relative_error(found.double(), exact) <= 1.01 * relative_error(theirs.double(), exact) + 1e-7
+
+
 @pytest.mark.parametrize("global_context", [False, True])
 @pytest.mark.parametrize("full", [(1,), (0, 3), (0, 1, 2, 3)])
 def test_a_mixture_of_full_and_windowed_blocks_equals_the_naive_twin(full, global_context):
