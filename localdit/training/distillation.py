@@ -86,9 +86,10 @@ class ConsistencyDistillation(Diffusion):
                 f"{self.segments}, got {type(scheduler).__name__}"
             )
         timesteps = scheduler.config.num_train_timesteps
-        if self.teacher_steps < 1 or timesteps % self.teacher_steps:
+        if not 1 <= self.teacher_steps < timesteps or timesteps % self.teacher_steps:
             raise ValueError(
-                f"objective.teacher_steps must divide the {timesteps} timesteps, got {self.teacher_steps}"
+                f"objective.teacher_steps must divide the {timesteps} timesteps and be fewer, "
+                f"got {self.teacher_steps}"
             )
         if self.segments < 1 or self.teacher_steps % self.segments:
             raise ValueError(

@@ -334,7 +334,8 @@ def test_a_schedule_that_is_not_the_teachers_is_refused(teacher, tmp_path, chang
     [
         ({"segments": 3}, r"objective\.segments must divide the 20 steps of the teacher, got 3"),
         ({"segments": 0}, r"objective\.segments must divide the 20 steps of the teacher, got 0"),
-        ({"teacher_steps": 30}, r"objective\.teacher_steps must divide the 1000 timesteps, got 30"),
+        ({"teacher_steps": 30}, r"teacher_steps must divide the 1000 timesteps and be fewer, got 30"),
+        ({"teacher_steps": 1000}, r"teacher_steps must divide the 1000 timesteps and be fewer, got 1000"),
         ({"clip_sample": True}, r"scheduler\.clip_sample must be False, got True"),
         ({"timestep_spacing": "leading"}, r"scheduler\.timestep_spacing must be 'trailing', got 'leading'"),
         ({"_class_name": "LCMScheduler"}, r"must be a DDIMScheduler where objective\.segments is 4, got LCM"),
