@@ -159,7 +159,7 @@ class ConsistencyDistillation(Diffusion):
 
     def solve(self, noisy: Tensor, timestep: Tensor, earlier: Tensor, **condition: Tensor) -> Tensor:
         """A step of DDIM from one timestep, (B,), to an earlier one, by the guided teacher (Luo et al.,
-        eq. 14)."""
+        eq. 14): (B, C, H, W)."""
         both = self.without_caption(condition)
         both = {name: torch.cat((both[name], given)) for name, given in condition.items()}
         with self.precision():
@@ -169,13 +169,15 @@ class ConsistencyDistillation(Diffusion):
         return self.schedule.add_noise(*self.split(guided, noisy, timestep), earlier)
 
     def aim(self, noisy: Tensor, timestep: Tensor, later: Tensor, end: Tensor) -> Tensor:
-        """The clean sample with which a step of DDIM leads from `noisy` to `later`, at the timestep `end`."""
+        """The clean sample, (B, C, H, W), with which a step of DDIM leads from `noisy` to `later`, at the
+        timestep `end`."""
         (alpha, sigma), (end_alpha, end_sigma) = self.signal_and_noise(timestep), self.signal_and_noise(end)
         kept = end_sigma / sigma  # of the noise
         return (later - kept * noisy) / (end_alpha - kept * alpha)
 
     @staticmethod
     def predict(model: nn.Module, noisy: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        """What a model predicts, (B, C', H, W), of noisy samples, (B, C, H, W), at timesteps, (B,)."""
         return model(hidden_states=noisy, timestep=timestep, **condition, return_dict=False)[0]
 
     def split(self, predicted: Tensor, noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:

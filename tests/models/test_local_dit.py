@@ -581,6 +581,18 @@ def test_timesteps_of_another_shape_or_without_sizes_are_refused():
 
 # --- One sample for several captions
 
+SIZES = {"resolution": torch.tensor([[80.0, 112.0]]), "aspect_ratio": torch.tensor([1.4])}
+
+
+def two_captions_each(model: Any, inputs: dict[str, Any], batch: int, kind: str) -> dict[str, Any]:
+    """So many of the samples, twice as many captions, and one time: as it is, or made ahead of the run."""
+    shared = with_context(model, inputs) | {"hidden_states": inputs["hidden_states"][:batch]}
+    if kind == "context":
+        step = model.encode_timesteps(torch.tensor([300.0]), SIZES)[0]
+        return shared | {"added_cond_kwargs": None, "timestep": step}
+    repeated = {name: size.expand(batch, *size.shape[1:]) for name, size in SIZES.items()}
+    return shared | {"timestep": torch.full((batch,), 300.0), "added_cond_kwargs": repeated}
+
 
 @pytest.mark.parametrize("kind", ["timestep", "context"])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -588,12 +600,7 @@ def test_timesteps_of_another_shape_or_without_sizes_are_refused():
 def test_samples_with_two_captions_each_are_predicted_as_if_they_were_repeated(batch, kind):
     """As guidance does: the first self-attention is computed once, since the text comes after it."""
     model, inputs = toy_model(), toy_inputs((5, 7), batch=2 * batch)
-    shared = with_context(model, inputs) | {"hidden_states": inputs["hidden_states"][:batch]}
-    sizes = {"resolution": torch.tensor([[80.0, 112.0]]), "aspect_ratio": torch.tensor([1.4])}
-    shared |= {"added_cond_kwargs": None, "timestep": model.encode_timesteps(torch.tensor([300.0]), sizes)[0]}
-    if kind == "timestep":
-        repeated = {name: size.expand(batch, *size.shape[1:]) for name, size in sizes.items()}
-        shared |= {"timestep": torch.full((batch,), 300.0), "added_cond_kwargs": repeated}
+    shared = two_captions_each(model, inputs, batch, kind)
     seen = []
     hook = model.transformer_blocks[0].attn1.register_forward_pre_hook(
         lambda _, args: seen.append(len(args[0]))
@@ -604,7 +611,7 @@ def test_samples_with_two_captions_each_are_predicted_as_if_they_were_repeated(b
     inputs["hidden_states"] = inputs["hidden_states"][:batch].repeat(2, 1, 1, 1)
     inputs |= {"timestep": torch.full((2 * batch,), 300.0)}
     inputs["added_cond_kwargs"] = {
-        name: size.expand(2 * batch, *size.shape[1:]) for name, size in sizes.items()
+        name: size.expand(2 * batch, *size.shape[1:]) for name, size in SIZES.items()
     }
     assert relative_error(found, run(model, inputs)) < 1e-6
 
@@ -620,12 +627,7 @@ def test_a_subclass_or_a_cached_model_never_sees_a_shared_sample(batch, kind):
         block_class = OtherBlock
 
     inputs, own = toy_inputs((5, 7), batch=2 * batch), toy_model()
-    shared = with_context(own, inputs) | {"hidden_states": inputs["hidden_states"][:batch]}
-    sizes = {"resolution": torch.tensor([[80.0, 112.0]]), "aspect_ratio": torch.tensor([1.4])}
-    shared |= {"added_cond_kwargs": None, "timestep": own.encode_timesteps(torch.tensor([300.0]), sizes)[0]}
-    if kind == "timestep":
-        repeated = {name: size.expand(batch, *size.shape[1:]) for name, size in sizes.items()}
-        shared |= {"timestep": torch.full((batch,), 300.0), "added_cond_kwargs": repeated}
+    shared = two_captions_each(own, inputs, batch, kind)
     expected = run(own, shared)
 
     cached = toy_model()
